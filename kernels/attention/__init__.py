@@ -1,0 +1,1 @@
+"""Attention over [B, S, H, D]: one call, many backends."""

@@ -1,0 +1,41 @@
+"""What holds for every test: one torch thread, repeatable hypothesis examples, no GPU test without a GPU."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a bare CUDA machine runs the gpu tests without it
+    pass
+else:
+    hypothesis.settings.register_profile("vidgen", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("vidgen")
+
+# xdist runs a process per core already, and one thread adds numbers up in the same order everywhere
+torch.set_num_threads(1)
+
+
+def _cuda_works() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a CUDA build of torch warns on a machine without a driver
+        return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if _cuda_works():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """True under `-m gpu` where there is no gpu test: a bare CUDA machine could not even import some."""
+    if config.option.markexpr != "gpu":
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any("mark.gpu" in file.read_text(encoding="utf-8") for file in files) else True

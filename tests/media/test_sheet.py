@@ -1,0 +1,69 @@
+"""Laws of the contact sheet: its size follows from its arguments, its tiles are the frames it names."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vidgen.media.sheet import GAP_PX, LINE_PX, contact_sheet, save_sheet
+from vidgen.media.sink import open_sink
+
+
+def tile_at(sheet: Image.Image, row: int, column: int, height: int, width: int, num_lines: int) -> np.ndarray:
+    top = GAP_PX + row * (height + GAP_PX + num_lines * LINE_PX)
+    left = GAP_PX + column * (width + GAP_PX)
+    return np.asarray(sheet)[top : top + height, left : left + width]
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "num_tiles", "num_columns", "columns", "rows"),
+    [(40, 32, 8, 8, 4), (5, 32, 8, 5, 1), (40, 9, 4, 4, 3), (40, 1, 8, 1, 1), (9, 9, 8, 8, 2)],
+)
+def test_sheet_size_follows_from_its_tiles(moving_square, num_frames, num_tiles, num_columns, columns, rows):
+    sheet = contact_sheet(moving_square(num_frames), num_columns=num_columns, num_tiles=num_tiles)
+    assert sheet.size == (GAP_PX + columns * (128 + GAP_PX), GAP_PX + rows * (96 + GAP_PX + LINE_PX))
+
+
+@pytest.mark.parametrize(("height", "width", "factor"), [(48, 64, 2), (20, 50, 3), (80, 130, 1), (8, 8, 16)])
+def test_tiles_are_evenly_spaced_frames_enlarged_by_nearest(moving_square, height, width, factor):
+    frames = np.random.default_rng(0).integers(0, 255, (33, height, width, 3), dtype=np.uint8)
+    sheet = contact_sheet(frames, num_columns=2, num_tiles=5)
+    for place, index in enumerate([0, 8, 16, 24, 32]):
+        tile = tile_at(sheet, place // 2, place % 2, height * factor, width * factor, 1)
+        assert np.array_equal(tile[::factor, ::factor], frames[index])
+        assert np.array_equal(tile[factor - 1 :: factor, factor - 1 :: factor], frames[index])
+
+
+def test_labels_are_drawn_under_their_tiles_and_stay_there(moving_square):
+    frames = moving_square(4)
+    labels = ["", "a very long prompt " * 20, "Unbroken" * 40, "short"]
+    plain = np.asarray(contact_sheet(frames, labels=[""] * 4))
+    labelled = np.asarray(contact_sheet(frames, labels=labels))
+    assert labelled.shape == plain.shape
+    changed = np.argwhere((plain != labelled).any(axis=2))
+    places = {(int(x) - GAP_PX) // (128 + GAP_PX) for _, x in changed}
+    assert places == {1, 2, 3}
+    assert all(0 <= (x - GAP_PX) % (128 + GAP_PX) <= 128 for _, x in changed)
+    assert changed[:, 0].min() >= GAP_PX + 96 + LINE_PX
+
+
+def test_wrong_arguments_are_refused(moving_square):
+    with pytest.raises(ValueError, match="2 labels for 4 frames"):
+        contact_sheet(moving_square(4), labels=["a", "b"])
+    with pytest.raises(ValueError, match="num_tiles=0"):
+        contact_sheet(moving_square(4), num_tiles=0)
+    with pytest.raises(ValueError, match="num_columns=0"):
+        contact_sheet(moving_square(4), num_columns=0)
+
+
+def test_saved_sheet_of_a_video_shows_its_frames(tmp_path, moving_square):
+    frames = moving_square(20)
+    sink = open_sink(tmp_path / "video.mp4", tmp_path / "job", 64, 48, Fraction(16), {})
+    sink.write(frames, first_frame=0, block=0)
+    target = save_sheet(sink.finish(), tmp_path / "sheets" / "video.png", num_tiles=8, labels=["fox"] * 20)
+    expected = np.asarray(contact_sheet(frames, num_tiles=8, labels=["fox"] * 20)).astype(int)
+    with Image.open(target) as sheet:
+        found = np.asarray(sheet).astype(int)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).mean() < 2.5

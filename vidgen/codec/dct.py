@@ -1,0 +1,109 @@
+"""The built-in codec: an orthonormal 3D DCT of 4x8x8 pixel patches that keeps the coefficients that matter.
+
+Nothing is learned but which coefficients to keep and how to scale them, read off sample clips. Every chunk of
+four frames is coded on its own, so that decoding is causal and needs no state.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# B batch, C latent channels, F latent frames, Y X latent rows and columns
+
+
+def dct_matrix(size: int) -> Tensor:
+    """[size, size] orthonormal DCT-II: row k is the k-th cosine."""
+    n = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi / size * (n + 0.5) * n.view(-1, 1)) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix.float()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DctConfig:
+    """Patch size in pixels and how many of its 3 * frames * height * width coefficients are kept."""
+
+    patch: tuple[int, int, int] = (4, 8, 8)
+    num_channels: int = 128
+    whitening: float = 0.5  # 0: natural spectrum, 1: every coefficient has unit variance
+
+
+class DctCodec(nn.Module):
+    """Pixels [B, 3, frames, height, width] in [-1, 1] to latents [B, C, F, Y, X] and back."""
+
+    kept: Tensor
+    mean: Tensor
+    scale: Tensor
+    variance: Tensor
+
+    def __init__(self, config: DctConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.num_channels
+        self.register_buffer("kept", torch.arange(channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(channels))  # coefficient = latent * scale + mean
+        self.register_buffer("variance", torch.ones(channels))  # of the latents
+        for name, size in zip(("frame", "row", "column"), config.patch, strict=True):
+            self.register_buffer(f"{name}_basis", dct_matrix(size), persistent=False)
+        # a 3-point DCT over RGB is an opponent colour space: light, red-blue, green-magenta
+        self.register_buffer("colour_basis", dct_matrix(3), persistent=False)
+
+    temporal_stride = property(lambda self: self.config.patch[0])
+    spatial_stride = property(lambda self: self.config.patch[1])
+    num_channels = property(lambda self: self.config.num_channels)
+
+    def num_latent_frames(self, num_frames: int) -> int:
+        """Latent frames that cover `num_frames` pixel frames."""
+        return -(-num_frames // self.temporal_stride)
+
+    @torch.no_grad()
+    def fit(self, clips: Tensor) -> None:
+        """Choose and scale the coefficients by their variance over clips [B, 3, frames, height, width]."""
+        coefficients = self._transform(clips).transpose(0, 1).flatten(1)
+        variance, mean = torch.var_mean(coefficients, dim=1)
+        self.kept = variance.argsort(descending=True)[: self.num_channels].sort().values
+        deviation = variance[self.kept].sqrt().clamp_min(1e-4)
+        scale = deviation**self.config.whitening
+        variance_left = (deviation / scale).square()
+        overall = variance_left.mean().sqrt()
+        self.mean, self.scale = mean[self.kept], scale * overall
+        self.variance = variance_left / overall.square()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, C, F, Y, X] of pixels whose sizes are multiples of the patch."""
+        coefficients = self._transform(pixels)[:, self.kept]
+        return (coefficients - _per_channel(self.mean)) / _per_channel(self.scale)
+
+    def decode(self, latents_BCFYX: Tensor) -> Tensor:
+        """Pixels [B, 3, frames, height, width], not clamped."""
+        batch, _, frames, rows, columns = latents_BCFYX.shape
+        t, y, x = self.config.patch
+        coefficients = latents_BCFYX.new_zeros(batch, 3 * t * y * x, frames, rows, columns)
+        coefficients[:, self.kept] = latents_BCFYX * _per_channel(self.scale) + _per_channel(self.mean)
+        patches = coefficients.unflatten(1, (3, t, y, x))
+        pixels = torch.einsum(
+            "bktyxfij,kc,tu,yv,xw->bcfuivjw",
+            patches, self.colour_basis, self.frame_basis, self.row_basis, self.column_basis,
+        )  # fmt: skip
+        return pixels.reshape(batch, 3, frames * t, rows * y, columns * x)
+
+    def _transform(self, pixels: Tensor) -> Tensor:
+        """All coefficients [B, 3*t*y*x, F, Y, X]."""
+        t, y, x = self.config.patch
+        if any(size % patch for size, patch in zip(pixels.shape[2:], (t, y, x), strict=True)):
+            raise ValueError(
+                f"pixels of {tuple(pixels.shape[2:])} (frames, height, width): need multiples of {(t, y, x)}"
+            )
+        patches = pixels.unflatten(4, (-1, x)).unflatten(3, (-1, y)).unflatten(2, (-1, t))
+        coefficients = torch.einsum(
+            "bcfuivjw,kc,tu,yv,xw->bktyxfij",
+            patches, self.colour_basis, self.frame_basis, self.row_basis, self.column_basis,
+        )  # fmt: skip
+        return coefficients.flatten(1, 4)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1, 1)

@@ -1,0 +1,1 @@
+"""What the video is of: the prompt timeline and the text encoders."""

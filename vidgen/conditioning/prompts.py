@@ -1,0 +1,87 @@
+"""The prompt timeline: which text conditions which block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vidgen.types import Block, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """A block's text: `new` with this weight, the rest of `old`."""
+
+    old: str
+    new: str
+    weight: float
+
+
+class Timeline:
+    """Segments of prompts laid over blocks. A change takes effect at the first block that starts after it.
+
+    `transition_blocks` blocks after a change blend the two embeddings linearly. The last prompt holds on to
+    the end of the video.
+    """
+
+    def __init__(
+        self,
+        segments: tuple[Segment, ...],
+        *,
+        temporal_stride: int,
+        block_frames: int,
+        transition_blocks: int = 0,
+    ) -> None:
+        if not segments:
+            raise ValueError("no prompt: give a prompt or at least one segment")
+        self.segments, self.transition_blocks = segments, transition_blocks
+        block_pixels = block_frames * temporal_stride
+        self._first_blocks: list[int] = []
+        start = 0
+        for index, segment in enumerate(segments):
+            if segment.num_frames < 1:
+                raise ValueError(f"segment {index + 1} has num_frames={segment.num_frames}: need at least 1")
+            self._first_blocks.append(-(-start // block_pixels))
+            start += segment.num_frames
+        for index, (first, following) in enumerate(
+            zip(self._first_blocks, self._first_blocks[1:], strict=False)
+        ):
+            if first == following:
+                raise ValueError(
+                    f"segment {index + 1} ({segments[index].num_frames} frames) holds no start of a block of "
+                    f"{block_pixels} frames, so it would never be seen; make it at least that long"
+                )
+
+    @property
+    def num_frames(self) -> int:
+        return sum(segment.num_frames for segment in self.segments)
+
+    def blend(self, block: int) -> Blend:
+        """The text of a block."""
+        current = max(i for i, first in enumerate(self._first_blocks) if first <= block)
+        new = self.segments[current].prompt
+        since = block - self._first_blocks[current]
+        if current == 0 or since >= self.transition_blocks:
+            return Blend(new, new, 1.0)
+        return Blend(self.segments[current - 1].prompt, new, (since + 1) / (self.transition_blocks + 1))
+
+
+def block_texts(
+    timeline: Timeline, negative_prompt: str, encode: Callable[[str], Tensor]
+) -> Callable[[Block], tuple[Tensor, Tensor]]:
+    """For a block, (text, negative text), each [1, N, T]; every prompt is encoded once."""
+    encoded: dict[str, Tensor] = {}
+
+    def text_of(prompt: str) -> Tensor:
+        if prompt not in encoded:
+            encoded[prompt] = encode(prompt)
+        return encoded[prompt]
+
+    def texts(block: Block) -> tuple[Tensor, Tensor]:
+        blend = timeline.blend(block.index)
+        text = text_of(blend.new)
+        if blend.weight < 1:
+            text = text_of(blend.old).lerp(text, blend.weight)
+        return text, text_of(negative_prompt)
+
+    return texts

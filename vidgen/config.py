@@ -1,0 +1,180 @@
+"""What a job is, as people type it: a YAML file, flags, or keyword arguments, checked in one place.
+
+A value left out takes the model's recommended one (`resolve`). The resolved job is stored with its output and
+says everything that is needed to repeat it.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vidgen.types import ContextMode, NoiseKind, Recommended, Segment
+
+DEFAULT_NUM_FRAMES = 65
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SegmentConfig(_Strict):
+    """A prompt and for how many frames it holds."""
+
+    prompt: str
+    num_frames: int = Field(ge=1)
+
+
+class QueueConfig(_Strict):
+    """How the video is cut into blocks and how they stream. Frames here are latent frames."""
+
+    timetable: Literal["dualparal", "full"] = "dualparal"
+    """`full` denoises all frames at once, as a plain pipeline does."""
+    block_frames: int | None = Field(default=None, ge=1)
+    context_frames: int | None = Field(default=None, ge=0)
+    stride: int = Field(default=1, ge=1)
+    """Ticks between two admissions; 1 is DualParal."""
+    context_mode: ContextMode | None = None
+    anchor_frames: int = Field(default=0, ge=0)
+    """Frames of the first block that all later blocks see, against drift."""
+    noise: NoiseKind | None = None
+    transition_blocks: int = Field(default=0, ge=0)
+    """Blocks over which one prompt turns into the next."""
+
+
+class OutputConfig(_Strict):
+    """Where the frames go and how."""
+
+    path: Path = Path("out.mp4")
+    """`.mp4`, `.gif`, `.webp`, or a folder for PNG frames."""
+    upscale: int = Field(default=1, ge=1, le=64)
+    """Every pixel becomes a square of this side."""
+    crf: int = Field(default=16, ge=0, le=51)
+    """H.264 quality: lower is better and larger."""
+    save_latents: Path | None = None
+    sheet: bool = True
+    """Write a contact sheet (PNG) beside the video."""
+
+
+class JobConfig(_Strict):
+    """One render."""
+
+    prompt: str | None = None
+    segments: tuple[SegmentConfig, ...] = ()
+    negative_prompt: str = ""
+    num_frames: int | None = Field(default=None, ge=1)
+    height: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    fps: int | None = Field(default=None, ge=1, le=240)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
+    guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    shift: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    model: str = "builtin"
+    """`builtin` or the path of a checkpoint."""
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """CPU threads of torch; part of a job because sums of floats depend on it."""
+    state_every: int = Field(default=8, ge=1)
+    """Ticks between two saved states."""
+    queue: QueueConfig = QueueConfig()
+    output: OutputConfig = OutputConfig()
+
+    def timeline(self) -> tuple[Segment, ...]:
+        """The prompts over time. ValueError unless there is exactly one of `prompt` and `segments`."""
+        if self.prompt is not None and self.segments:
+            raise ValueError("both prompt and segments are given: give one of them")
+        segments = tuple(Segment(prompt=s.prompt, num_frames=s.num_frames) for s in self.segments)
+        if self.prompt is not None:
+            segments = (Segment(prompt=self.prompt, num_frames=self.num_frames or DEFAULT_NUM_FRAMES),)
+        if not segments:
+            raise ValueError(
+                'no prompt: give one, for example "a red circle moving left over a gray background"'
+            )
+        for segment in segments:
+            if not segment.prompt.strip():
+                raise ValueError("the prompt is empty: say what the video is of")
+        return segments
+
+
+def resolve(config: JobConfig, recommended: Recommended) -> JobConfig:
+    """The same job with every value filled in."""
+    segments = config.timeline()
+    queue = config.queue
+    block_frames = queue.block_frames or recommended.block_frames
+    context = queue.context_frames
+    if context is None:
+        context = min(recommended.context_frames, block_frames)
+    filled = {
+        "num_frames": sum(segment.num_frames for segment in segments),
+        "height": recommended.height,
+        "width": recommended.width,
+        "fps": recommended.fps,
+        "num_inference_steps": recommended.num_inference_steps,
+        "guidance_scale": recommended.guidance_scale,
+        "shift": recommended.shift,
+        "threads": recommended.threads,
+    }
+    missing = {name: value for name, value in filled.items() if getattr(config, name) is None}
+    return config.model_copy(
+        update={
+            **missing,
+            "queue": queue.model_copy(
+                update={
+                    "block_frames": block_frames,
+                    "context_frames": context,
+                    "context_mode": queue.context_mode or recommended.context_mode,
+                    "noise": queue.noise or recommended.noise,
+                }
+            ),
+        }
+    )
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file says. ValueError in one line when it cannot be read or is broken."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file; give a YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{path}: broken YAML: {place}{getattr(error, 'problem', error)}") from error
+
+
+def parse_job(values: Any, source: str = "job") -> JobConfig:
+    """A job from a mapping. ValueError in one line that names the key, what was given and what is allowed."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: need a mapping of settings, found {type(values).__name__}")
+    try:
+        return JobConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{source}: " + "; ".join(_explain(e) for e in error.errors()[:3])) from error
+
+
+def dump_job(config: JobConfig) -> str:
+    """The job as YAML, every value in it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"]) or "job"
+    if error["type"] != "extra_forbidden":
+        return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    known = _keys(error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key {key}; {advice}"
+
+
+def _keys(path: tuple[str | int, ...]) -> list[str]:
+    """Keys known at a place of the config."""
+    rooms: dict[str | int, type[BaseModel]] = {
+        "queue": QueueConfig, "output": OutputConfig, "segments": SegmentConfig
+    }  # fmt: skip
+    model = rooms[path[0]] if path else JobConfig
+    return list(model.model_fields)

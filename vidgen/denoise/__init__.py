@@ -1,0 +1,1 @@
+"""From noise to clean latents: the specification."""

@@ -1,0 +1,187 @@
+"""Which block takes which step in which tick, and what it sees of its neighbours. Pure data, no tensors.
+
+A video of latent frames is cut into blocks; block k enters at tick stride*k and takes step t in tick
+stride*k + t. A tick runs its forwards in order, newest (noisiest) block first. Every read names the exact
+version it wants, (block, steps done), so the result depends on nothing but the timetable.
+
+Source of the queue: DualParal (arXiv 2505.21070), with freshness defined by ticks instead of by arrival.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from vidgen.types import Block, ContextMode
+
+
+class Lender(StrEnum):
+    """For whom a forward keeps keys and values."""
+
+    EARLIER_BLOCK = "earlier block"  # the block before this one, in the same tick
+    LATER_BLOCK = "later block"  # the block after this one, in the next tick
+    ALL = "all"  # every later block, from the next tick on: the anchor
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Frames [start, stop) of a block: its latents after `step` steps, or the K,V of its forward `step`."""
+
+    block: int
+    step: int
+    start: int
+    stop: int
+
+    @property
+    def num_frames(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """Frames [start, stop) of a forward's own block whose keys and values somebody will read."""
+
+    to: Lender
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """One run of the model: a block's step, what it reads and what it lends."""
+
+    block: int
+    step: int
+    before_latents: Read | None = None
+    before_kv: Read | None = None
+    after_kv: Read | None = None
+    anchor_kv: Read | None = None
+    lends: tuple[Lend, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timetable:
+    """A queue of blocks. `dualparal` and `full` make them; sizes are latent frames, ticks and steps."""
+
+    num_frames: int
+    num_steps: int
+    block_frames: int
+    context_frames: int = 0
+    stride: int = 1
+    mode: ContextMode = ContextMode.RECOMPUTE
+    anchor_frames: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "num_frames": (self.num_frames, 1, None),
+            "num_inference_steps": (self.num_steps, 1, None),
+            "block_frames": (self.block_frames, 1, None),
+            "context_frames": (self.context_frames, 0, self.block_frames),
+            "stride": (self.stride, 1, self.num_steps),
+            "anchor_frames": (self.anchor_frames, 0, self.block_frames),
+        }
+        for name, (value, low, high) in bounds.items():
+            if value < low or (high is not None and value > high):
+                allowed = f"at least {low}" if high is None else f"{low} to {high}"
+                raise ValueError(f"{name}={value}: allowed is {allowed}")
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.num_frames // self.block_frames)
+
+    @property
+    def num_ticks(self) -> int:
+        return self.stride * (self.num_blocks - 1) + self.num_steps
+
+    @property
+    def num_forwards(self) -> int:
+        return self.num_blocks * self.num_steps
+
+    def block(self, index: int) -> Block:
+        """The index-th block; the last one may be shorter."""
+        start = index * self.block_frames
+        return Block(index, start, min(self.block_frames, self.num_frames - start))
+
+    def admission_tick(self, block: int) -> int:
+        return self.stride * block
+
+    def last_tick(self, block: int) -> int:
+        """The tick in which the block takes its last step."""
+        return self.admission_tick(block) + self.num_steps - 1
+
+    def live(self, tick: int) -> range:
+        """Blocks that take a step in this tick."""
+        oldest = -(-(tick - self.num_steps + 1) // self.stride)
+        return range(max(0, oldest), min(self.num_blocks - 1, tick // self.stride) + 1)
+
+    def kept_after(self, tick: int) -> range:
+        """Blocks whose state some later tick still needs: the live ones, and one more as context."""
+        oldest = max(0, -(-(tick + 2 - self.num_steps) // self.stride))  # the first not finished by `tick`
+        if oldest >= self.num_blocks:
+            return range(0)
+        return range(max(0, oldest - 1), min(self.num_blocks - 1, tick // self.stride) + 1)
+
+    def forwards(self, tick: int) -> tuple[Forward, ...]:
+        """The forwards of a tick in the order they run: newest block first."""
+        return tuple(self._forward(block, tick) for block in reversed(self.live(tick)))
+
+    def ticks(self, start: int = 0) -> Iterator[tuple[Forward, ...]]:
+        """All ticks from `start` on."""
+        return (self.forwards(tick) for tick in range(start, self.num_ticks))
+
+    def _forward(self, block: int, tick: int) -> Forward:
+        step = tick - self.admission_tick(block)
+        own, context = self.block(block), self.context_frames
+        before_latents = before_kv = after_kv = anchor_kv = None
+        if block > 0 and context:
+            start, stop = self.block_frames - context, self.block_frames
+            done = min(
+                step + self.stride, self.num_steps
+            )  # steps of the block before, at the last tick's end
+            if self.mode is ContextMode.RECOMPUTE:
+                before_latents = Read(block - 1, done, start, stop)
+            else:
+                before_kv = Read(block - 1, done - 1, start, stop)
+        if block + 1 in self.live(tick) and context:
+            after_kv = Read(block + 1, step - self.stride, 0, min(context, self.block(block + 1).num_frames))
+        if self.anchor_frames and block >= 2 and tick > self.last_tick(0):
+            anchor_kv = Read(0, self.num_steps - 1, 0, min(self.anchor_frames, self.block(0).num_frames))
+        return Forward(block, step, before_latents, before_kv, after_kv, anchor_kv, self._lends(own, tick))
+
+    def _lends(self, own: Block, tick: int) -> tuple[Lend, ...]:
+        lends = []
+        if self.context_frames:
+            if own.index - 1 in self.live(tick):
+                lends.append(Lend(Lender.EARLIER_BLOCK, 0, min(self.context_frames, own.num_frames)))
+            if self.mode is ContextMode.CACHE and own.index + 1 in self.live(tick + 1):
+                start = self.block_frames - self.context_frames
+                lends.append(Lend(Lender.LATER_BLOCK, start, self.block_frames))
+        if self.anchor_frames and self.num_blocks > 2 and own.index == 0 and tick == self.last_tick(0):
+            lends.append(Lend(Lender.ALL, 0, min(self.anchor_frames, own.num_frames)))
+        return tuple(lends)
+
+
+def dualparal(
+    num_frames: int,
+    num_steps: int,
+    *,
+    block_frames: int,
+    context_frames: int,
+    stride: int = 1,
+    mode: ContextMode = ContextMode.RECOMPUTE,
+    anchor_frames: int = 0,
+) -> Timetable:
+    """A queue of blocks, one admitted every `stride` ticks. ValueError for sizes that make no queue."""
+    return Timetable(
+        num_frames=num_frames,
+        num_steps=num_steps,
+        block_frames=block_frames,
+        context_frames=context_frames,
+        stride=stride,
+        mode=mode,
+        anchor_frames=anchor_frames,
+    )
+
+
+def full(num_frames: int, num_steps: int) -> Timetable:
+    """One block with all frames, as a plain video pipeline runs it."""
+    return Timetable(num_frames=num_frames, num_steps=num_steps, block_frames=num_frames)

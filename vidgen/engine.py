@@ -1,0 +1,173 @@
+"""The Python face: a model, and videos from it in memory.
+
+engine = vidgen.Engine.from_pretrained("builtin")
+frames = engine("a red circle moving left over a gray background", num_frames=257)
+for block in engine.stream(prompt, num_frames=257): ...
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vidgen.builtin import BUILTIN_PATH, SmallModel, load_small
+from vidgen.conditioning.prompts import Timeline, block_texts
+from vidgen.config import JobConfig, parse_job, resolve
+from vidgen.denoise.loop import FinishedBlock, Task, denoise
+from vidgen.denoise.noise import NoiseSource
+from vidgen.denoise.schedule import noise_levels
+from vidgen.denoise.solver import Euler
+from vidgen.denoise.timetable import Timetable, dualparal, full
+from vidgen.limits import available_memory_bytes, memory_bytes, readable
+
+Frames = NDArray[np.uint8]  # [F, H, W, 3], RGB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A resolved job and what will run for it."""
+
+    job: JobConfig
+    timeline: Timeline
+    task: Task
+    strides: tuple[int, int]  # pixel frames per latent frame, pixels per latent row
+
+
+class Engine:
+    """A loaded model. Calls are independent of each other; the same arguments give the same frames."""
+
+    def __init__(self, model: SmallModel, name: str, checkpoint: Path) -> None:
+        self.model, self.name, self.checkpoint = model, name, checkpoint
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path = "builtin") -> Self:
+        """The model of that name or checkpoint file. ValueError in one line when there is none."""
+        name = str(path)
+        checkpoint = BUILTIN_PATH if name == "builtin" else Path(path)
+        if not checkpoint.is_file():
+            raise ValueError(f"model={name}: no such model or file; `vidgen models` lists what there is")
+        return cls(load_small(checkpoint), name, checkpoint)
+
+    def sha256(self) -> str:
+        """Of the checkpoint: what a job remembers of its model."""
+        return hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
+
+    def __call__(self, prompt: str | None = None, **settings: Any) -> Frames:
+        """All frames [F, H, W, 3], uint8. Settings are those of a job file (vidgen/config.py)."""
+        return np.concatenate(list(self.stream(prompt, **settings)))
+
+    def stream(self, prompt: str | None = None, **settings: Any) -> Iterator[Frames]:
+        """Frames [F, H, W, 3] of each block as soon as it is clean; all together `num_frames`."""
+        given = {"prompt": prompt} if prompt is not None else {}
+        plan = self.plan(parse_job({**given, **settings}))
+        return (self.frames(finished, plan) for finished in denoise(plan.task))
+
+    def plan(self, job: JobConfig) -> Plan:
+        """Everything that decides the video. ValueError in one line for a job that this model cannot do."""
+        job = resolve(job, self.model.recommended)
+        codec = self.model.codec
+        assert job.num_frames and job.height and job.width and job.num_inference_steps and job.shift
+        stride = codec.spatial_stride * self.model.dit.config.patch[0]
+        for name, size in (("height", job.height), ("width", job.width)):
+            if size % stride:
+                nearest = max(stride, round(size / stride) * stride)
+                raise ValueError(f"{name}={size}: need a multiple of {stride}; try {nearest}")
+        timetable = make_timetable(job, codec.num_latent_frames(job.num_frames))
+        self._check_memory(job, timetable)
+        timeline = Timeline(
+            job.timeline(),
+            temporal_stride=codec.temporal_stride,
+            block_frames=timetable.block_frames,
+            transition_blocks=job.queue.transition_blocks,
+        )
+        self._warn_of_unknown_words(job)
+        assert job.queue.noise and job.guidance_scale is not None
+        levels = noise_levels(job.num_inference_steps, job.shift)
+        noise = NoiseSource(
+            job.seed,
+            frame_shape=(
+                codec.num_channels,
+                job.height // codec.spatial_stride,
+                job.width // codec.spatial_stride,
+            ),
+            block_frames=timetable.block_frames,
+            context_frames=timetable.context_frames,
+            kind=job.queue.noise,
+        )
+        task = Task(
+            model=self.model.dit,
+            timetable=timetable,
+            noise_levels=levels,
+            solver=Euler(levels),
+            guidance_scale=job.guidance_scale,
+            noise=lambda block: noise.block(block.index, block.num_frames),
+            texts=block_texts(timeline, job.negative_prompt, self.encode),
+        )
+        return Plan(
+            job=job, timeline=timeline, task=task, strides=(codec.temporal_stride, codec.spatial_stride)
+        )
+
+    @torch.inference_mode()
+    def encode(self, prompt: str) -> Tensor:
+        """Text [1, N, T] of a prompt."""
+        return self.model.text(self.model.text.ids([prompt]))
+
+    @torch.inference_mode()
+    def decode(self, latents_BCFYX: Tensor) -> Frames:
+        """Frames [F, H, W, 3] of one video's clean latents."""
+        pixels = self.model.codec.decode(latents_BCFYX)[0]
+        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+
+    def frames(self, finished: FinishedBlock, plan: Plan) -> Frames:
+        """A finished block's frames, cut where the video ends."""
+        assert plan.job.num_frames
+        left = plan.job.num_frames - self.first_frame(finished)
+        return self.decode(finished.latents_BCFYX)[:left]
+
+    def first_frame(self, finished: FinishedBlock) -> int:
+        """The number of a block's first pixel frame."""
+        return finished.block.start * self.model.codec.temporal_stride
+
+    def _check_memory(self, job: JobConfig, timetable: Timetable) -> None:
+        codec = self.model.codec
+        parameters = sum(p.numel() for part in self.model.parts().values() for p in part.parameters())
+        strides = (codec.temporal_stride, codec.spatial_stride)
+        needed = memory_bytes(job, self.model.dit.config, timetable, strides, parameters)
+        available = available_memory_bytes()
+        if needed > available:
+            raise ValueError(
+                f"{job.num_frames} frames of {job.width}x{job.height} need about {readable(needed)} of "
+                f"memory, {readable(available)} are free; choose a smaller height and width, or smaller blocks"
+            )
+
+    def _warn_of_unknown_words(self, job: JobConfig) -> None:
+        prompts = dict.fromkeys([*(segment.prompt for segment in job.timeline()), job.negative_prompt])
+        for prompt in prompts:
+            for word, nearest in self.model.text.tokenize(prompt).unknown.items():
+                advice = f"nearest known: {', '.join(nearest)}" if nearest else "no known word is near"
+                warnings.warn(f"the model does not know {word!r} and ignores it; {advice}", stacklevel=3)
+
+
+def make_timetable(job: JobConfig, num_latent_frames: int) -> Timetable:
+    """The timetable that a resolved job asks for."""
+    queue = job.queue
+    assert job.num_inference_steps
+    if queue.timetable == "full":
+        return full(num_latent_frames, job.num_inference_steps)
+    assert queue.block_frames and queue.context_frames is not None and queue.context_mode
+    return dualparal(
+        num_latent_frames,
+        job.num_inference_steps,
+        block_frames=queue.block_frames,
+        context_frames=queue.context_frames,
+        stride=queue.stride,
+        mode=queue.context_mode,
+        anchor_frames=queue.anchor_frames,
+    )

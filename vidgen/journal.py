@@ -1,0 +1,188 @@
+"""What a job leaves on disk, so that nothing finished is ever lost.
+
+JOB/  job.yaml            the resolved job
+      journal.sqlite      which blocks are finished, which state is the newest; a row is the commit
+      latents/000000.safetensors   clean latents of every finished block
+      state/TICK.safetensors       everything the next tick needs (the newest two)
+      segments/ live.mp4           the sink's (vidgen/media/sink.py)
+A file is written beside its place, synced and renamed before the row that names it.
+"""
+
+import fcntl
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from vidgen.config import JobConfig, dump_job, parse_job, read_yaml
+from vidgen.denoise.loop import BlockState, BranchKeyValues, LoopState
+from vidgen.media.blocks import WrittenBlock
+from vidgen.media.segments import write_atomically
+from vidgen.model.context import KeyValue
+
+STATES_KEPT = 2
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS blocks (
+    block INTEGER PRIMARY KEY, first_frame INTEGER NOT NULL, num_frames INTEGER NOT NULL,
+    path TEXT NOT NULL, sha256 TEXT NOT NULL, latents_sha256 TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS states (next_tick INTEGER PRIMARY KEY, path TEXT NOT NULL, sha256 TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+class JobInUse(ValueError):
+    """Another process holds the job folder."""
+
+
+class Journal:
+    """An open job folder; one process at a time. Use as a context manager."""
+
+    def __init__(self, folder: Path, *, create: JobConfig | None = None) -> None:
+        """Open a job, or create one. ValueError in one line when there is none, or JobInUse."""
+        self.folder = folder
+        job_file = folder / "job.yaml"
+        if create is None and not job_file.exists():
+            raise ValueError(f"{folder}: no job here (no job.yaml); give the folder of a vidgen job")
+        for room in (folder, folder / "latents", folder / "state"):
+            room.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise JobInUse(f"{folder}: in use by another vidgen process; wait for it or stop it") from error
+        if create is not None:
+            write_atomically(job_file, dump_job(create).encode())
+        self.job = parse_job(read_yaml(job_file), str(job_file))
+        self._db = sqlite3.connect(folder / "journal.sqlite", isolation_level=None)
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.executescript(SCHEMA)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.close()
+        self._lock.close()
+
+    def written(self) -> list[WrittenBlock]:
+        """The finished blocks, in order."""
+        rows = self._db.execute(
+            "SELECT block, first_frame, num_frames, path, sha256 FROM blocks ORDER BY block"
+        ).fetchall()
+        return [
+            WrittenBlock(block=b, first_frame=f, num_frames=n, path=Path(p), sha256=s)
+            for b, f, n, p, s in rows
+        ]
+
+    def save_latents(self, block: int, latents: Tensor) -> str:
+        """Keep a block's clean latents [1, C, F, Y, X]; their file's SHA-256."""
+        data = save({"latents": latents.contiguous()})
+        write_atomically(self._latents_file(block), data)
+        return hashlib.sha256(data).hexdigest()
+
+    def load_latents(self, block: int) -> Tensor:
+        """Clean latents [1, C, F, Y, X] of a finished block."""
+        return load(self._latents_file(block).read_bytes())["latents"]
+
+    def commit(self, record: WrittenBlock, latents_sha256: str) -> None:
+        """The row that makes a block finished."""
+        values = (record.block, record.first_frame, record.num_frames, str(record.path), record.sha256)
+        self._db.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?)", (*values, latents_sha256))
+
+    def save_state(self, state: LoopState) -> None:
+        """Make a state the one to resume from; older ones but the last go."""
+        tensors, header = _flatten(state)
+        data = save(tensors, metadata={"state": json.dumps(header)})
+        path = self.folder / "state" / f"{state.next_tick:08d}.safetensors"
+        write_atomically(path, data)
+        row = (state.next_tick, path.name, hashlib.sha256(data).hexdigest())
+        self._db.execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?)", row)
+        old = self._db.execute(
+            "SELECT next_tick, path FROM states ORDER BY next_tick DESC LIMIT -1 OFFSET ?", (STATES_KEPT,)
+        ).fetchall()
+        for tick, name in old:
+            self._db.execute("DELETE FROM states WHERE next_tick = ?", (tick,))
+            (self.folder / "state" / name).unlink(missing_ok=True)
+
+    def load_state(self) -> LoopState:
+        """The newest undamaged state; the beginning when there is none."""
+        rows = self._db.execute("SELECT path, sha256 FROM states ORDER BY next_tick DESC").fetchall()
+        for name, sha256 in rows:
+            path = self.folder / "state" / name
+            if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
+                return _unflatten(path)
+        return LoopState()
+
+    def note(self, name: str, value: Any) -> None:
+        """A fact worth keeping about the job, as JSON."""
+        self._db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, json.dumps(value)))
+
+    def fact(self, name: str) -> Any:
+        """A fact noted before, or None."""
+        row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def _latents_file(self, block: int) -> Path:
+        return self.folder / "latents" / f"{block:06d}.safetensors"
+
+
+def _flatten(state: LoopState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors by name, everything else) of a state."""
+    tensors: dict[str, Tensor] = {}
+    for index, block in state.blocks.items():
+        tensors[f"block/{index}"] = block.latents_BCFYX
+        tensors |= {f"history/{index}/{i}": value for i, value in enumerate(block.history)}
+    for index, (_, kv) in state.kv_for_later.items():
+        tensors |= _flatten_kv(f"later/{index}", kv)
+    tensors |= _flatten_kv("anchor", state.anchor)
+    header = {
+        "next_tick": state.next_tick,
+        "steps_done": {index: block.steps_done for index, block in state.blocks.items()},
+        "history": {index: len(block.history) for index, block in state.blocks.items()},
+        "later": {index: step for index, (step, _) in state.kv_for_later.items()},
+    }
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, header
+
+
+def _flatten_kv(prefix: str, branches: BranchKeyValues) -> dict[str, Tensor]:
+    return {
+        f"{prefix}/{branch}/{layer}/{name}": tensor
+        for branch, layers in enumerate(branches)
+        for layer, kv in enumerate(layers)
+        for name, tensor in (("key", kv.key_BFSHD), ("value", kv.value_BFSHD))
+    }
+
+
+def _unflatten(path: Path) -> LoopState:
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["state"])
+    tensors = load(path.read_bytes())
+    state = LoopState(next_tick=header["next_tick"])
+    for index, steps_done in header["steps_done"].items():
+        history = tuple(tensors[f"history/{index}/{i}"] for i in range(header["history"][index]))
+        state.blocks[int(index)] = BlockState(tensors[f"block/{index}"], steps_done, history)
+    for index, step in header["later"].items():
+        state.kv_for_later[int(index)] = step, _unflatten_kv(tensors, f"later/{index}")
+    state.anchor = _unflatten_kv(tensors, "anchor")
+    return state
+
+
+def _unflatten_kv(tensors: dict[str, Tensor], prefix: str) -> BranchKeyValues:
+    branches: list[list[KeyValue]] = []
+    while f"{prefix}/{len(branches)}/0/key" in tensors:
+        layers: list[KeyValue] = []
+        stem = f"{prefix}/{len(branches)}"
+        while f"{stem}/{len(layers)}/key" in tensors:
+            layers.append(
+                KeyValue(tensors[f"{stem}/{len(layers)}/key"], tensors[f"{stem}/{len(layers)}/value"])
+            )
+        branches.append(layers)
+    return tuple(tuple(layers) for layers in branches)

@@ -1,0 +1,83 @@
+"""What a job will take of this machine, estimated before anything is made."""
+
+import os
+import re
+from pathlib import Path
+
+from vidgen.config import JobConfig
+from vidgen.denoise.guidance import num_branches
+from vidgen.denoise.timetable import Timetable
+from vidgen.model.dit import DiTConfig
+from vidgen.types import ContextMode
+
+FLOAT_BYTES = 4
+HIDDEN_COPIES = 16  # tensors of the width of the model alive in a layer, found by measuring peaks
+PIXEL_COPIES = 4
+VIDEO_BYTES_PER_PIXEL = 0.15  # H.264 at crf 16 of busy pictures, segments and the final file together
+
+
+def memory_bytes(
+    job: JobConfig, dit: DiTConfig, timetable: Timetable, strides: tuple[int, int], num_parameters: int
+) -> int:
+    """Peak bytes of a single-process render, from shapes alone; about right, rather over than under.
+
+    `strides` are pixel frames per latent frame and pixels per latent row.
+    """
+    assert job.height and job.width
+    rows, columns = job.height // strides[1], job.width // strides[1]
+    tokens = rows * columns // (dit.patch[0] * dit.patch[1])
+    context, own = timetable.context_frames, min(timetable.block_frames, timetable.num_frames)
+    recompute = timetable.mode is ContextMode.RECOMPUTE
+    frames = own + (context if recompute else 0)
+    keys = own + 2 * context + timetable.anchor_frames
+    hidden = tokens * (frames * (HIDDEN_COPIES * dit.width + 2 * dit.ffn_width) + keys * 4 * dit.width)
+    live = min(timetable.num_steps // timetable.stride + 1, timetable.num_blocks)
+    lenders = (2 if recompute else live + 2) * context + timetable.anchor_frames
+    branches = num_branches(job.guidance_scale or 1.0)
+    lent = (
+        lenders * branches * dit.num_layers * 2 * tokens * dit.width
+        + own * dit.num_layers * 2 * tokens * dit.width
+    )
+    latents = (live + 3) * own * dit.latent_channels * rows * columns
+    pixels = own * strides[0] * job.height * job.width * 3
+    floats = num_parameters + hidden + lent + latents + pixels * PIXEL_COPIES
+    return FLOAT_BYTES * floats + 2 * pixels * job.output.upscale**2
+
+
+def disk_bytes(job: JobConfig, latent_channels: int, strides: tuple[int, int]) -> int:
+    """Bytes that a job's folder and output will take, about."""
+    assert job.num_frames and job.height and job.width
+    latents = (
+        job.num_frames / strides[0] * latent_channels * (job.height // strides[1]) * (job.width // strides[1])
+    )
+    pixels = job.num_frames * job.height * job.width * job.output.upscale**2
+    return round(latents * FLOAT_BYTES + pixels * VIDEO_BYTES_PER_PIXEL)
+
+
+def available_memory_bytes() -> int:
+    """Memory that a new process may take without swapping."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Free space where a folder is, or would be made."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def readable(num_bytes: float) -> str:
+    """1.5 GiB and the like."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if num_bytes < 1024 or unit == "TiB":
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    raise AssertionError

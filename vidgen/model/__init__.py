@@ -1,0 +1,1 @@
+"""The video diffusion transformer; knows neither ranks nor files of a job."""

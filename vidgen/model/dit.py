@@ -1,0 +1,178 @@
+"""The video diffusion transformer: latents, noise levels and text in, flow velocity out.
+
+Wan 2.1's architecture (arXiv 2503.20314) with two options that small models need: a 3x3 convolution at input
+and output, and an output that is a correction to the best linear guess. It never asks for a rank or a file.
+A forward is `embed`, then `layers` one by one, then `project`: a pipeline stage runs a slice of them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+from vidgen.kernels.attention.layout import SlidingWindow3D
+from vidgen.model.context import Context, LayerKeyValues
+from vidgen.model.layers import Block, NoiseLevelEmbedding, Positions, normalise
+from vidgen.model.rope import rotations
+
+# B batch, C latent channels, F latent frames, Y X latent rows and columns,
+# S tokens per frame, N text tokens, D width, T text width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiTConfig:
+    """Sizes of a DiT. Wan 2.1 1.3B is width 1536, 30 layers, 12 heads, ffn 8960; 14B 5120, 40, 40, 13824."""
+
+    latent_channels: int = 16
+    width: int = 1536
+    num_layers: int = 30
+    num_heads: int = 12
+    ffn_width: int = 8960
+    text_width: int = 4096
+    patch: tuple[int, int] = (2, 2)  # rows, columns of latents per token; a token is one latent frame deep
+    num_frequencies: int = 256
+    rope_theta: float = 10000.0
+    eps: float = 1e-6
+    window: tuple[int | None, int | None, int | None] | None = None  # radius in frames, token rows, columns
+    convolutions: bool = False
+    linear_skip: bool = False  # predict a correction to the linear estimate; needs the latents' variance
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise ValueError(f"width={self.width}: need an even multiple of num_heads={self.num_heads}")
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What every layer of one forward sees beside the tokens; made by `embed`."""
+
+    noise_BFD: Tensor
+    noise_BF6D: Tensor
+    text_BND: Tensor
+    positions: Positions
+
+
+class TextProjection(nn.Module):
+    """Text embeddings [B, N, T] to the model's width."""
+
+    def __init__(self, text_width: int, width: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(text_width, width), nn.Linear(width, width)
+
+    def forward(self, text_BNT: Tensor) -> Tensor:
+        return self.out(gelu(self.hidden(text_BNT), approximate="tanh"))
+
+
+class DiT(nn.Module):
+    """A video DiT. Latents [B, C, F, Y, X] at noise levels [B, F] in [0, 1] to velocity of the same shape."""
+
+    variance: Tensor
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, (rows, columns) = config.width, config.patch
+        kernel = 3 if config.convolutions else 1
+        patch_channels = config.latent_channels * rows * columns
+        self.patch_in = nn.Conv2d(patch_channels, width, kernel, padding=kernel // 2)
+        self.text_in = TextProjection(config.text_width, width)
+        self.noise_level = NoiseLevelEmbedding(config.num_frequencies, width)
+        self.noise_modulation = nn.Linear(width, 6 * width)
+        self.layers = nn.ModuleList(
+            Block(width, config.num_heads, config.ffn_width, config.eps) for _ in range(config.num_layers)
+        )
+        self.head_modulation = nn.Parameter(torch.randn(2, width) / math.sqrt(width))
+        self.patch_out = nn.Conv2d(width, patch_channels, kernel, padding=kernel // 2)
+        nn.init.zeros_(self.patch_out.weight)
+        nn.init.zeros_(self.patch_out.bias)  # type: ignore[arg-type]
+        if config.linear_skip:
+            self.register_buffer("variance", torch.ones(config.latent_channels))
+
+    def forward(
+        self, latents_BCFYX: Tensor, noise_level_BF: Tensor, text_BNT: Tensor, context: Context | None = None
+    ) -> Tensor:
+        """Velocity noise - clean, [B, C, F, Y, X]."""
+        return self.forward_and_lend(latents_BCFYX, noise_level_BF, text_BNT, context)[0]
+
+    def forward_and_lend(
+        self, latents_BCFYX: Tensor, noise_level_BF: Tensor, text_BNT: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, LayerKeyValues]:
+        """(velocity, every layer's own keys and values, to lend to neighbouring blocks)."""
+        context = context or Context()
+        x_BFSD, conditioning = self.embed(latents_BCFYX, noise_level_BF, text_BNT, context)
+        lent = []
+        for index, layer in enumerate(self.layers):
+            x_BFSD, own = layer(
+                x_BFSD,
+                conditioning.noise_BF6D,
+                conditioning.text_BND,
+                conditioning.positions,
+                *context.layer(index),
+            )
+            lent.append(own)
+        return self.project(x_BFSD, conditioning, latents_BCFYX, noise_level_BF), tuple(lent)
+
+    def embed(
+        self, latents_BCFYX: Tensor, noise_level_BF: Tensor, text_BNT: Tensor, context: Context
+    ) -> tuple[Tensor, Conditioning]:
+        """(tokens [B, F, S, D], what all layers of this forward share)."""
+        batch, _, frames, rows, columns = latents_BCFYX.shape
+        patched = self._fold(latents_BCFYX)  # [B*F, C*p*q, Y/p, X/q]
+        grid = (frames, patched.shape[2], patched.shape[3])
+        x_BFSD = self.patch_in(patched).flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
+        noise_BFD = self.noise_level(noise_level_BF)
+        noise_BF6D = self.noise_modulation(silu(noise_BFD)).unflatten(-1, (6, -1))
+        positions = self._positions(grid, context, latents_BCFYX.device)
+        return x_BFSD, Conditioning(noise_BFD, noise_BF6D, self.text_in(text_BNT), positions)
+
+    def project(
+        self, x_BFSD: Tensor, conditioning: Conditioning, latents_BCFYX: Tensor, noise_level_BF: Tensor
+    ) -> Tensor:
+        """Velocity [B, C, F, Y, X] from the last layer's tokens."""
+        shift, scale = (self.head_modulation + conditioning.noise_BFD.unsqueeze(2)).unsqueeze(3).unbind(2)
+        x_BFSD = normalise(x_BFSD, self.config.eps) * (1 + scale) + shift
+        rows = latents_BCFYX.shape[3] // self.config.patch[0]
+        out = self.patch_out(x_BFSD.flatten(0, 1).transpose(1, 2).unflatten(2, (rows, -1)))
+        return self._add_linear_estimate(self._unfold(out, latents_BCFYX), latents_BCFYX, noise_level_BF)
+
+    def _positions(self, grid: tuple[int, int, int], context: Context, device: torch.device) -> Positions:
+        frames, rows, columns = grid
+        first, key_frames = context.frames_before, context.frames_before + frames + context.frames_after
+        head_width = self.config.width // self.config.num_heads
+        cosines, sines = rotations((key_frames, rows, columns), head_width, self.config.rope_theta, device)
+        window = None
+        if self.config.window is not None:
+            window = SlidingWindow3D(
+                grid=grid, radius=self.config.window, key_frames=key_frames, frame_offset=first
+            )
+        tokens = rows * columns
+        return Positions(cosines, sines, slice(first * tokens, (first + frames) * tokens), window)
+
+    def _fold(self, latents_BCFYX: Tensor) -> Tensor:
+        """[B*F, C*p*q, Y/p, X/q]: patches become channels."""
+        p, q = self.config.patch
+        frames_first = latents_BCFYX.transpose(1, 2).flatten(0, 1)
+        patches = frames_first.unflatten(3, (-1, q)).unflatten(2, (-1, p))  # [BF, C, Y/p, p, X/q, q]
+        return patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+    def _unfold(self, patched: Tensor, like_BCFYX: Tensor) -> Tensor:
+        p, q = self.config.patch
+        patches = patched.unflatten(1, (-1, p, q)).permute(0, 1, 4, 2, 5, 3)
+        frames_first = patches.flatten(4, 5).flatten(2, 3)
+        return frames_first.unflatten(0, (like_BCFYX.shape[0], -1)).transpose(1, 2)
+
+    def _add_linear_estimate(self, out: Tensor, latents_BCFYX: Tensor, noise_level_BF: Tensor) -> Tensor:
+        """Velocity from an output of unit variance, given per-channel variance of clean latents.
+
+        The best linear estimate of clean x from z = (1-t)x + t*noise is (1-t)v z / ((1-t)^2 v + t^2); the
+        network adds sqrt(v / ((1-t)^2 v + t^2)) times its output (EDM preconditioning, arXiv 2206.00364,
+        written for flow matching and per channel).
+        """
+        if not self.config.linear_skip:
+            return out
+        t = noise_level_BF.to(out.dtype).view(out.shape[0], 1, -1, 1, 1)
+        variance = self.variance.to(out.dtype).view(1, -1, 1, 1, 1)
+        total = (1 - t).square() * variance + t.square()
+        return latents_BCFYX * ((t - (1 - t) * variance) / total) - out * (variance / total).sqrt()

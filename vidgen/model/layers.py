@@ -1,0 +1,162 @@
+"""The parts of a Wan-style video DiT block.
+
+Source: Wan 2.1 (github.com/Wan-Video/Wan2.1, arXiv 2503.20314): adaLN-single modulation per frame, RMSNorm
+on queries and keys over the full width, cross-attention to text, tanh-GELU feed-forward.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm, rms_norm, silu
+
+from vidgen.kernels.attention.api import attention
+from vidgen.kernels.attention.layout import SlidingWindow3D
+from vidgen.model.context import KeyValue
+from vidgen.model.rope import rotate
+
+# B batch, F frames, S tokens per frame, N text tokens, H heads, D width (or head width after H)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def normalise(x: Tensor, eps: float) -> Tensor:
+    """LayerNorm without parameters, in fp32."""
+    return layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """Noise levels [B, F] in [0, 1] to conditioning [B, F, D]: sinusoids and a two-layer MLP."""
+
+    def __init__(self, num_frequencies: int, width: int) -> None:
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.hidden = nn.Linear(num_frequencies, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, noise_level_BF: Tensor) -> Tensor:
+        half = self.num_frequencies // 2
+        exponents = torch.arange(half, device=noise_level_BF.device, dtype=torch.float32) / half
+        angles = noise_level_BF.float().unsqueeze(-1) * 1000 * torch.exp(-math.log(10000) * exponents)
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.hidden.weight.dtype)
+        return self.out(silu(self.hidden(waves)))
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Where a forward's tokens stand: rotations of all keys, and which of them are its own frames."""
+
+    cosines: Tensor
+    sines: Tensor
+    own_tokens: slice
+    window: SlidingWindow3D | None
+
+    def rotate_queries(self, query_BSHD: Tensor) -> Tensor:
+        return rotate(query_BSHD, self.cosines[self.own_tokens], self.sines[self.own_tokens])
+
+    def rotate_keys(self, key_BSHD: Tensor) -> Tensor:
+        return rotate(key_BSHD, self.cosines, self.sines)
+
+
+class SelfAttention(nn.Module):
+    """Attention of a block's frames to themselves and to the context around them."""
+
+    def __init__(self, width: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.query_norm, self.key_norm = RMSNorm(width, eps), RMSNorm(width, eps)
+
+    def forward(
+        self, x_BFSD: Tensor, positions: Positions, before: KeyValue | None, after: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """(attended [B, F, S, D], this layer's own keys and values)."""
+        heads = (self.num_heads, -1)
+        query_BFSHD = self.query_norm(self.query(x_BFSD)).unflatten(-1, heads)
+        own = KeyValue(
+            self.key_norm(self.key(x_BFSD)).unflatten(-1, heads), self.value(x_BFSD).unflatten(-1, heads)
+        )
+        seen = [kv for kv in (before, own, after) if kv is not None]
+        key_BFSHD = torch.cat([kv.key_BFSHD for kv in seen], dim=1) if len(seen) > 1 else own.key_BFSHD
+        value_BFSHD = torch.cat([kv.value_BFSHD for kv in seen], dim=1) if len(seen) > 1 else own.value_BFSHD
+        attended_BLHD = attention(
+            positions.rotate_queries(query_BFSHD.flatten(1, 2)),
+            positions.rotate_keys(key_BFSHD.flatten(1, 2)),
+            value_BFSHD.flatten(1, 2),
+            layout=positions.window,
+        )
+        return self.out(attended_BLHD.flatten(2).view_as(x_BFSD)), own
+
+
+class CrossAttention(nn.Module):
+    """Attention of video tokens to text tokens."""
+
+    def __init__(self, width: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.query_norm, self.key_norm = RMSNorm(width, eps), RMSNorm(width, eps)
+
+    def forward(self, x_BFSD: Tensor, text_BND: Tensor) -> Tensor:
+        heads = (self.num_heads, -1)
+        attended_BLHD = attention(
+            self.query_norm(self.query(x_BFSD)).flatten(1, 2).unflatten(-1, heads),
+            self.key_norm(self.key(text_BND)).unflatten(-1, heads),
+            self.value(text_BND).unflatten(-1, heads),
+        )
+        return self.out(attended_BLHD.flatten(2).view_as(x_BFSD))
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden_width), nn.Linear(hidden_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; the first and last modulated per frame."""
+
+    def __init__(self, width: int, num_heads: int, ffn_width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.modulation = nn.Parameter(torch.randn(6, width) / math.sqrt(width))
+        self.self_attention = SelfAttention(width, num_heads, eps)
+        self.cross_norm = nn.LayerNorm(width, eps)
+        self.cross_attention = CrossAttention(width, num_heads, eps)
+        self.feed_forward = FeedForward(width, ffn_width)
+
+    def forward(
+        self,
+        x_BFSD: Tensor,
+        conditioning_BF6D: Tensor,
+        text_BND: Tensor,
+        positions: Positions,
+        before: KeyValue | None = None,
+        after: KeyValue | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """(the tokens after this layer, this layer's own keys and values)."""
+        modulation = (self.modulation + conditioning_BF6D).unsqueeze(3)  # [B, F, 6, 1, D]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
+        attended, own = self.self_attention(
+            normalise(x_BFSD, self.eps) * (1 + scale) + shift, positions, before, after
+        )
+        x_BFSD = x_BFSD + attended * gate
+        x_BFSD = x_BFSD + self.cross_attention(self.cross_norm(x_BFSD), text_BND)
+        fed = self.feed_forward(normalise(x_BFSD, self.eps) * (1 + ffn_scale) + ffn_shift)
+        return x_BFSD + fed * ffn_gate, own

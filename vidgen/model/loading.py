@@ -1,0 +1,52 @@
+"""Modules to and from one safetensors file; the settings that rebuild them travel in its header."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SETTINGS_KEY = "vidgen"
+
+
+def save_parts(path: Path, parts: dict[str, nn.Module], settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write the parts' tensors as `part.name`; floats of many values in `dtype`, small ones as they are."""
+    tensors = {
+        f"{part}.{name}": (
+            tensor.to(dtype) if tensor.is_floating_point() and tensor.ndim > 1 else tensor
+        ).contiguous()
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }
+    save_file(tensors, path, metadata={SETTINGS_KEY: json.dumps(settings)})
+    path.chmod(0o644)  # safetensors makes it private
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a file written by `save_parts`. ValueError when it is no such file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except Exception as error:
+        raise ValueError(f"{path}: not a safetensors file ({error}); give a vidgen checkpoint") from error
+    if SETTINGS_KEY not in metadata:
+        raise ValueError(f"{path}: a safetensors file without vidgen settings; give a vidgen checkpoint")
+    return json.loads(metadata[SETTINGS_KEY])
+
+
+def load_part(path: Path, part: str, module: nn.Module) -> None:
+    """Fill a module from its part of the file, in the module's own dtype. ValueError when they do not fit."""
+    with safe_open(path, "pt") as file:
+        prefix = f"{part}."
+        tensors: dict[str, Tensor] = {
+            key.removeprefix(prefix): file.get_tensor(key)
+            for key in file.keys()
+            if key.startswith(prefix)  # noqa: SIM118
+        }
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: part {part!r} does not fit its settings: {error}") from error

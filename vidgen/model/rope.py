@@ -1,0 +1,41 @@
+"""3D rotary position embedding: frame, row and column each turn a share of a head's channels.
+
+Source: RoFormer (arXiv 2104.09864), split over three axes as in Wan 2.1 (github.com/Wan-Video/Wan2.1).
+Scores depend on relative positions only, which is what lets a block number its frames from its own start.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# B batch, S tokens, H heads, D head dimension
+
+
+def axis_widths(head_width: int) -> tuple[int, int, int]:
+    """Channels of a head turned by frame, row and column; each even."""
+    spatial = 2 * (head_width // 6)
+    return head_width - 2 * spatial, spatial, spatial
+
+
+@lru_cache(maxsize=64)
+def rotations(
+    grid: tuple[int, int, int], head_width: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(cosines, sines) of shape [S, 1, D/2] for all tokens of a (frames, rows, columns) grid."""
+    angles = []
+    for axis, (length, width) in enumerate(zip(grid, axis_widths(head_width), strict=True)):
+        frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        along = torch.arange(length, dtype=torch.float64).view(-1, 1) * frequencies
+        shape = [1, 1, 1, width // 2]
+        shape[axis] = length
+        angles.append(along.view(shape).expand(*grid, -1))
+    angle_SD = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)
+    return angle_SD.cos().float().to(device), angle_SD.sin().float().to(device)
+
+
+def rotate(tokens_BSHD: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """The tokens with each channel pair (2i, 2i+1) turned by its angle."""
+    even, odd = tokens_BSHD.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), dim=-1)
+    return turned.flatten(-2).to(tokens_BSHD.dtype)

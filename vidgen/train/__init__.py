@@ -1,0 +1,1 @@
+"""Makes the built-in model: a procedural world and a flow-matching trainer."""

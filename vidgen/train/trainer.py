@@ -1,0 +1,247 @@
+"""Flow-matching training of the built-in model: resumable, on a CPU or a CUDA device.
+
+A run is a folder: `config.json`, `log.jsonl`, `latest.pt` (everything that resuming needs) and
+`model.safetensors` (the averaged weights, ready for `vidgen`).
+"""
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidgen.builtin import SmallModel
+from vidgen.codec.dct import DctCodec, DctConfig
+from vidgen.conditioning.text import WordEncoder, WordEncoderConfig
+from vidgen.model.dit import DiT, DiTConfig
+from vidgen.train.levels import draw_levels
+from vidgen.train.world import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    PATTERNS,
+    SHAPES,
+    WORLDS,
+    draw_caption,
+    render_clips,
+)
+from vidgen.types import Recommended
+
+CONTENT_WORDS = (*COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS, *PATTERNS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training run. `latent_frames` and `clip_weights` say how long the clips are and how often."""
+
+    world: str = "small"
+    size: int = 32
+    seed: int = 0
+    num_steps: int = 16000
+    decay_share: float = 0.35  # of the steps, at the end, over which the learning rate falls to zero
+    tokens_per_step: int = 1024
+    latent_frames: tuple[int, ...] = (4, 8)
+    clip_weights: tuple[float, ...] = (0.5, 0.5)
+    width: int = 128
+    num_layers: int = 6
+    num_heads: int = 4
+    codec_channels: int = 128
+    rope_theta: float = 100.0
+    matrix_rate: float = 0.01  # Muon's learning rate
+    other_rate: float = 2e-3  # AdamW's
+    warmup_steps: int = 200
+    average_decay: float = 0.999
+    caption_dropout: float = 0.1
+    level_shift: float = 2.0
+    compile: bool = True
+    device: str = "cpu"
+    save_every_s: float = 240.0
+    log_every: int = 50
+
+
+def build_model(config: TrainConfig) -> SmallModel:
+    """A fresh model of the run's sizes, its codec fitted to the run's world."""
+    torch.manual_seed(config.seed)
+    codec = DctCodec(DctConfig(num_channels=config.codec_channels))
+    rng = random.Random(config.seed)
+    scenes = rng.choices(WORLDS[config.world].scenes(), k=256)
+    codec.fit(render_clips(scenes, num_frames=16, size=config.size, rng=rng))
+    dit = DiT(
+        DiTConfig(
+            latent_channels=config.codec_channels,
+            width=config.width,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            ffn_width=4 * config.width,
+            text_width=config.width,
+            patch=(1, 1),
+            rope_theta=config.rope_theta,
+            convolutions=True,
+            linear_skip=True,
+        )
+    )
+    dit.variance.copy_(codec.variance)
+    text = WordEncoder(WordEncoderConfig(content_words=CONTENT_WORDS, width=config.width))
+    return SmallModel(
+        dit=dit, codec=codec, text=text, recommended=Recommended(height=config.size, width=config.size)
+    )
+
+
+class Trainer:
+    """Holds a run's state: model, average, optimisers, step, random streams."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.device = torch.device(config.device)
+        self.model, self.average = build_model(config), build_model(config)
+        for part in (*self.model.parts().values(), *self.average.parts().values()):
+            part.to(self.device)
+        for part in self.average.parts().values():
+            part.requires_grad_(False)
+        self.optimisers = _optimisers(self.model, config)
+        self.rates = [group["lr"] for optimiser in self.optimisers for group in optimiser.param_groups]
+        self.rng = random.Random(config.seed)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.trained_scenes = WORLDS[config.world].split()[0]
+        self.step, self.seconds = 0, 0.0
+        if config.compile:
+            for layer in self.model.dit.layers:
+                layer.compile(dynamic=False)
+
+    def run(self, report: Callable[[dict[str, Any]], None]) -> None:
+        """Train to `num_steps`, saving every few minutes; `report` gets each row of the log."""
+        started, saved, losses = time.monotonic() - self.seconds, time.monotonic(), []
+        while self.step < self.config.num_steps:
+            losses.append(self.train_step())
+            self.seconds = time.monotonic() - started
+            if self.step % self.config.log_every == 0:
+                row = {
+                    "step": self.step,
+                    "loss": round(sum(losses) / len(losses), 5),
+                    "rate": round(self._rate_factor(), 4),
+                    "seconds": round(self.seconds, 1),
+                }
+                losses.clear()
+                with (self.folder / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+                report(row)
+            if time.monotonic() - saved > self.config.save_every_s or self.step == self.config.num_steps:
+                self.save()
+                saved = time.monotonic()
+
+    def train_step(self) -> float:
+        """One optimiser step on freshly drawn clips; the loss."""
+        config = self.config
+        for group, rate in zip(
+            (group for optimiser in self.optimisers for group in optimiser.param_groups),
+            self.rates,
+            strict=True,
+        ):
+            group["lr"] = rate * self._rate_factor()
+        loss = self.loss(*self.draw_batch())
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for part in self.model.parts().values() for p in part.parameters()], 1.0)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        decay = min(config.average_decay, (1 + self.step) / (10 + self.step))
+        for name, part in self.average.parts().items():
+            targets, sources = list(part.parameters()), list(self.model.parts()[name].parameters())
+            if targets:
+                torch._foreach_lerp_(targets, [source.detach() for source in sources], 1 - decay)
+        return loss.item()
+
+    def draw_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(clean latents, noise, noise levels, word numbers) of random clips."""
+        config, codec = self.config, self.model.codec
+        frames = self.rng.choices(config.latent_frames, config.clip_weights)[0]
+        tokens = frames * (config.size // codec.spatial_stride) ** 2
+        scenes = self.rng.choices(self.trained_scenes, k=max(1, config.tokens_per_step // tokens))
+        captions = [
+            "" if self.rng.random() < config.caption_dropout else draw_caption(s, self.rng) for s in scenes
+        ]
+        pixels = render_clips(
+            scenes, num_frames=frames * codec.temporal_stride, size=config.size, rng=self.rng
+        )
+        clean = codec.encode(pixels.to(self.device))
+        noise = torch.randn(clean.shape, generator=self.generator).to(self.device)
+        levels = draw_levels(len(scenes), frames, config.level_shift, self.generator).to(self.device)
+        return clean, noise, levels, self.model.text.ids(captions).to(self.device)
+
+    def loss(self, clean: Tensor, noise: Tensor, levels: Tensor, words: Tensor) -> Tensor:
+        """Velocity error, weighted toward the channels that carry pixels."""
+        level = levels.view(levels.shape[0], 1, -1, 1, 1)
+        mixed = (1 - level) * clean + level * noise
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            velocity = self.model.dit(mixed, levels, self.model.text(words))
+        weight = self.model.codec.scale / self.model.codec.scale.mean()
+        return ((velocity.float() - (noise - clean)).square() * weight.view(1, -1, 1, 1, 1)).mean()
+
+    def _rate_factor(self) -> float:
+        """Warm-up, constant, then linear to zero."""
+        config = self.config
+        left = (config.num_steps - self.step) / max(1, config.decay_share * config.num_steps)
+        return min(1.0, (self.step + 1) / config.warmup_steps, max(0.0, left))
+
+    def save(self) -> None:
+        """Write `latest.pt` and `model.safetensors`; a cut leaves the previous ones."""
+        state = {
+            "config": asdict(self.config),
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": {name: part.state_dict() for name, part in self.model.parts().items()},
+            "average": {name: part.state_dict() for name, part in self.average.parts().items()},
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "rng": self.rng.getstate(),
+            "generator": self.generator.get_state(),
+        }
+        torch.save(state, self.folder / "latest.tmp")
+        os.replace(self.folder / "latest.tmp", self.folder / "latest.pt")
+        self.average.training = {
+            "config": asdict(self.config),
+            "step": self.step,
+            "seconds": round(self.seconds),
+        }
+        self.average.save(self.folder / "model.tmp")
+        os.replace(self.folder / "model.tmp", self.folder / "model.safetensors")
+
+    def restore(self) -> None:
+        """Go on from `latest.pt`."""
+        state = torch.load(self.folder / "latest.pt", map_location=self.device, weights_only=True)
+        for models, name in ((self.model, "model"), (self.average, "average")):
+            for part, tensors in state[name].items():
+                models.parts()[part].load_state_dict(tensors)
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.rng.setstate(state["rng"])
+        self.generator.set_state(state["generator"].cpu())
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def _optimisers(model: SmallModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon (arXiv 2502.16982) for the layers' matrices, AdamW for everything else."""
+    matrices = [p for p in model.dit.layers.parameters() if p.ndim == 2 and min(p.shape) > 6]
+    chosen = {id(p) for p in matrices}
+    others = [p for part in model.parts().values() for p in part.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=config.matrix_rate, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(others, lr=config.other_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def train(config: TrainConfig, folder: Path, report: Callable[[dict[str, Any]], None]) -> Trainer:
+    """Start the run in `folder`, or go on with the one that is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(config, folder)
+    if (folder / "latest.pt").exists():
+        trainer.restore()
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    trainer.run(report)
+    return trainer
