@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BARE = frozenset({"torch", "triton", "safetensors", "numpy"})  # what a bare GPU machine has
+ACCELERATED = frozenset({"flash_attn", "xformers", "sageattention"})  # what it may have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,46 +29,38 @@ class Room:
 
 
 FACES = ("vidgen.cli", "vidgen.cli_*", "vidgen.__main__", "vidgen.serve")
-MATH = ("vidgen.types", "vidgen.kernels", "vidgen.model", "vidgen.conditioning", "vidgen.stepcache")
+LAYERS = ("vidgen.types", "vidgen.kernels", "vidgen.model")
+MATH = (*LAYERS, "vidgen.conditioning", "vidgen.stepcache")
+PARTS = (*LAYERS, "vidgen.codec", "vidgen.conditioning.text")  # of the built-in model
 
 # The longest key that holds a module is its room.
 ROOMS: dict[str, Room] = {
     "vidgen": Room(engine=("vidgen.engine",), outside=frozenset(), alone=True),  # __init__.py only
     "vidgen.types": Room(outside=frozenset({"torch"}), alone=True),
-    "vidgen.kernels": Room(
-        outside=BARE, lazy=frozenset({"flash_attn", "xformers", "sageattention"}), alone=True
-    ),
+    "vidgen.kernels": Room(outside=BARE, lazy=ACCELERATED, alone=True),
     "vidgen.model": Room(engine=("vidgen.kernels", "vidgen.types"), outside=BARE, alone=True),
-    "vidgen.codec": Room(engine=("vidgen.kernels", "vidgen.model", "vidgen.types"), outside=BARE, alone=True),
-    "vidgen.conditioning": Room(engine=("vidgen.kernels", "vidgen.model", "vidgen.types")),
-    "vidgen.builtin": Room(
-        engine=("vidgen.model", "vidgen.codec", "vidgen.conditioning.text", "vidgen.types"),
-        outside=BARE,
-        alone=True,
-    ),
-    "vidgen.stepcache": Room(engine=("vidgen.kernels", "vidgen.model", "vidgen.types")),
+    "vidgen.codec": Room(engine=LAYERS, outside=BARE, alone=True),
+    "vidgen.conditioning": Room(engine=LAYERS),
+    "vidgen.builtin": Room(engine=PARTS, outside=BARE, alone=True),
+    "vidgen.stepcache": Room(engine=LAYERS),
     "vidgen.denoise": Room(engine=MATH),
-    "vidgen.denoise.noise": Room(outside=BARE, alone=True),
+    "vidgen.denoise.noise": Room(engine=("vidgen.types",), outside=BARE, alone=True),
     "vidgen.denoise.timetable": Room(engine=("vidgen.types",), outside=frozenset(), alone=True),
+    # world: what the built-in model's videos may show, which adherence is measured against
     "vidgen.measure": Room(
-        engine=("vidgen.kernels", "vidgen.model", "vidgen.codec", "vidgen.conditioning", "vidgen.types")
+        engine=(*MATH, "vidgen.codec", "vidgen.builtin", "vidgen.denoise", "vidgen.train.world")
     ),
     "vidgen.train": Room(
-        engine=(
-            *("vidgen.types", "vidgen.kernels", "vidgen.model", "vidgen.codec", "vidgen.conditioning.text"),
-            *("vidgen.builtin", "vidgen.denoise", "vidgen.measure"),
-        ),
-        outside=BARE,
-        alone=True,
+        engine=(*PARTS, "vidgen.builtin", "vidgen.denoise", "vidgen.measure"), outside=BARE, alone=True
     ),
     "vidgen.media": Room(engine=("vidgen.types",)),
     "vidgen.config": Room(engine=("vidgen.types", "vidgen.conditioning", "vidgen.denoise.timetable")),
-    "vidgen.journal": Room(
-        engine=("vidgen.types", "vidgen.config", "vidgen.model", "vidgen.denoise", "vidgen.media")
-    ),
+    "vidgen.journal": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config", "vidgen.media")),
+    "vidgen.limits": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config")),
     "vidgen.parallel": Room(engine=(*MATH, "vidgen.codec", "vidgen.denoise")),
     "vidgen.render": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.engine": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
+    "vidgen.bench": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.serve": Room(engine=("vidgen",), but_not=("vidgen.train",)),
     "vidgen.cli": Room(engine=("vidgen",)),
     "vidgen.cli_*": Room(engine=("vidgen",)),
@@ -202,7 +195,7 @@ def packages_needed(module: str, known: dict[str, tuple[str, bool]]) -> dict[str
 
 def test_every_module_lies_in_a_room():
     homeless = [name for name in sources() if room_of(name) is None]
-    assert not homeless, f"add a row to ROOMS in {__file__} for: {', '.join(homeless)}"
+    assert not homeless, f"add a row to ROOMS in tests/test_imports.py for: {', '.join(homeless)}"
 
 
 @pytest.mark.parametrize("key", ROOMS)

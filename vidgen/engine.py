@@ -21,9 +21,7 @@ from vidgen.builtin import BUILTIN_PATH, SmallModel, load_small
 from vidgen.conditioning.prompts import Timeline, block_texts
 from vidgen.config import JobConfig, parse_job, resolve
 from vidgen.denoise.loop import FinishedBlock, Task, denoise
-from vidgen.denoise.noise import NoiseSource
-from vidgen.denoise.schedule import noise_levels
-from vidgen.denoise.solver import Euler
+from vidgen.denoise.task import make_task
 from vidgen.denoise.timetable import Timetable, dualparal, full
 from vidgen.limits import available_memory_bytes, memory_bytes, readable
 
@@ -89,26 +87,16 @@ class Engine:
         )
         self._warn_of_unknown_words(job)
         assert job.queue.noise and job.guidance_scale is not None
-        levels = noise_levels(job.num_inference_steps, job.shift)
-        noise = NoiseSource(
-            job.seed,
-            frame_shape=(
-                codec.num_channels,
-                job.height // codec.spatial_stride,
-                job.width // codec.spatial_stride,
-            ),
-            block_frames=timetable.block_frames,
-            context_frames=timetable.context_frames,
-            kind=job.queue.noise,
-        )
-        task = Task(
-            model=self.model.dit,
-            timetable=timetable,
-            noise_levels=levels,
-            solver=Euler(levels),
+        task = make_task(
+            self.model.dit,
+            timetable,
+            block_texts(timeline, job.negative_prompt, self.encode),
+            latent_rows=job.height // codec.spatial_stride,
+            latent_columns=job.width // codec.spatial_stride,
+            seed=job.seed,
+            shift=job.shift,
             guidance_scale=job.guidance_scale,
-            noise=lambda block: noise.block(block.index, block.num_frames),
-            texts=block_texts(timeline, job.negative_prompt, self.encode),
+            noise=job.queue.noise,
         )
         return Plan(
             job=job, timeline=timeline, task=task, strides=(codec.temporal_stride, codec.spatial_stride)
@@ -144,7 +132,7 @@ class Engine:
         if needed > available:
             raise ValueError(
                 f"{job.num_frames} frames of {job.width}x{job.height} need about {readable(needed)} of "
-                f"memory, {readable(available)} are free; choose a smaller height and width, or smaller blocks"
+                f"memory, {readable(available)} are free; choose a smaller height, width or blocks"
             )
 
     def _warn_of_unknown_words(self, job: JobConfig) -> None:

@@ -55,6 +55,7 @@ class Journal:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self._lock.close()
             raise JobInUse(f"{folder}: in use by another vidgen process; wait for it or stop it") from error
         if create is not None:
             write_atomically(job_file, dump_job(create).encode())

@@ -1,7 +1,7 @@
 """The noise every block starts from: a function of (seed, block), drawn on the CPU.
 
 Any rank, and a resumed job, draws the same. Source of the pool: DualParal (arXiv 2505.21070): blocks share
-one set of noise frames, permuted, so that neighbours start alike but no block repeats the frames just before it.
+one set of noise frames, permuted: neighbours start alike, but no block repeats the frames just before it.
 """
 
 import hashlib

@@ -22,7 +22,7 @@ def axis_widths(head_width: int) -> tuple[int, int, int]:
 def rotations(
     grid: tuple[int, int, int], head_width: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(cosines, sines) of shape [S, 1, D/2] for all tokens of a (frames, rows, columns) grid."""
+    """(cosines, signed sines) [S, 1, D] for all tokens of a (frames, rows, columns) grid, as `rotate` wants."""
     angles = []
     for axis, (length, width) in enumerate(zip(grid, axis_widths(head_width), strict=True)):
         frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -31,11 +31,13 @@ def rotations(
         shape[axis] = length
         angles.append(along.view(shape).expand(*grid, -1))
     angle_SD = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)
-    return angle_SD.cos().float().to(device), angle_SD.sin().float().to(device)
+    cosines, sines = angle_SD.cos().float(), angle_SD.sin().float()
+    signed = torch.stack((-sines, sines), dim=-1).flatten(-2)
+    return cosines.repeat_interleave(2, dim=-1).to(device), signed.to(device)
 
 
 def rotate(tokens_BSHD: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """The tokens with each channel pair (2i, 2i+1) turned by its angle."""
-    even, odd = tokens_BSHD.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), dim=-1)
-    return turned.flatten(-2).to(tokens_BSHD.dtype)
+    x = tokens_BSHD.float()
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cosines + swapped * sines).to(tokens_BSHD.dtype)

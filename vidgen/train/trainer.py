@@ -59,6 +59,7 @@ class TrainConfig:
     average_decay: float = 0.999
     caption_dropout: float = 0.1
     level_shift: float = 2.0
+    pixel_weight: float = 0.0  # 0: all latent channels alike, 2: by their share of the pixels' energy
     compile: bool = True
     device: str = "cpu"
     save_every_s: float = 240.0
@@ -176,12 +177,13 @@ class Trainer:
         return clean, noise, levels, self.model.text.ids(captions).to(self.device)
 
     def loss(self, clean: Tensor, noise: Tensor, levels: Tensor, words: Tensor) -> Tensor:
-        """Velocity error, weighted toward the channels that carry pixels."""
+        """Velocity error, weighted toward the channels that carry pixels by scale ** pixel_weight."""
         level = levels.view(levels.shape[0], 1, -1, 1, 1)
         mixed = (1 - level) * clean + level * noise
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             velocity = self.model.dit(mixed, levels, self.model.text(words))
-        weight = self.model.codec.scale / self.model.codec.scale.mean()
+        weight = self.model.codec.scale**self.config.pixel_weight
+        weight = weight / weight.mean()
         return ((velocity.float() - (noise - clean)).square() * weight.view(1, -1, 1, 1, 1)).mean()
 
     def _rate_factor(self) -> float:
