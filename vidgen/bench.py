@@ -23,6 +23,7 @@ from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_p
 from vidgen.builtin import load_small
 from vidgen.model.context import Context, KeyValue
 from vidgen.model.dit import DiT
+from vidgen.model.layers import Block
 from vidgen.model.rope import rotations
 
 PROMPT = "a red circle moving left over a gray background"
@@ -112,7 +113,7 @@ def _plain_forward(
     both = rotations((key_frames, rows, columns), width // heads, config.rope_theta, latents.device)
     cosines, sines = (angles[..., 1::2] for angles in both)
     length = frames * tokens
-    for layer, kv in zip(dit.layers, after, strict=True):
+    for layer, kv in zip(_blocks(dit), after, strict=True):
         parts = (layer.modulation + modulation).unsqueeze(3).unbind(2)
         h = layer_norm(x, (width,), eps=eps) * (1 + parts[1]) + parts[0]
         sa = layer.self_attention
@@ -138,7 +139,12 @@ def _plain_forward(
     out = out.transpose(0, 1).unsqueeze(0)
     t, variance = levels.view(1, 1, -1, 1, 1), dit.variance.view(1, -1, 1, 1, 1)
     total = (1 - t).square() * variance + t.square()
+    out = out[:, : latents.shape[1]] + out[:, latents.shape[1] :] * latents * total.rsqrt()
     return latents * ((t - (1 - t) * variance) / total) - out * (variance / total).sqrt()
+
+
+def _blocks(dit: DiT) -> list[Block]:
+    return [layer for layer in dit.layers if isinstance(layer, Block)]
 
 
 def _plain_rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
@@ -155,7 +161,7 @@ def _products_only(dit: DiT, frames: int, context: int, tokens: int, text: Tenso
     def split(y: Tensor) -> Tensor:
         return y.view(1, -1, heads, width // heads).transpose(1, 2)
 
-    for layer in dit.layers:
+    for layer in _blocks(dit):
         sa, ca, ffn = layer.self_attention, layer.cross_attention, layer.feed_forward
         q, k, v = (split(linear(x, part.weight)) for part in (sa.query, sa.key, sa.value))
         out = scaled_dot_product_attention(q, torch.cat((k, extra), 2), torch.cat((v, extra), 2))

@@ -11,7 +11,7 @@ from vidgen.codec.dct import DctCodec, DctConfig
 from vidgen.conditioning.text import WordEncoder, WordEncoderConfig
 from vidgen.model.dit import DiT, DiTConfig
 from vidgen.model.loading import load_part, read_settings, save_parts
-from vidgen.types import Recommended
+from vidgen.types import ContextMode, NoiseKind, Recommended
 
 FAMILY = "vidgen-small"
 BUILTIN_PATH = Path(__file__).parent / "assets" / "builtin.safetensors"
@@ -52,13 +52,18 @@ def load_small(path: Path = BUILTIN_PATH) -> SmallModel:
         dit=DiT(DiTConfig(**_with_tuples(settings["dit"]))),
         codec=DctCodec(DctConfig(**_with_tuples(settings["codec"]))),
         text=WordEncoder(WordEncoderConfig(**_with_tuples(settings["text"]))),
-        recommended=Recommended(**settings["recommended"]),
+        recommended=_recommended(settings["recommended"]),
         training=settings["training"],
     )
     for name, module in model.parts().items():
         load_part(path, name, module)
         module.eval().requires_grad_(False)
     return model
+
+
+def _recommended(settings: dict[str, Any]) -> Recommended:
+    enums = {"context_mode": ContextMode(settings["context_mode"]), "noise": NoiseKind(settings["noise"])}
+    return Recommended(**{**settings, **enums})
 
 
 def _with_tuples(settings: dict[str, Any]) -> dict[str, Any]:

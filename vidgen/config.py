@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vidgen.types import ContextMode, NoiseKind, Recommended, Segment
 
 DEFAULT_NUM_FRAMES = 65
+MAX_COUNT = 10**15  # far past any machine; keeps estimates within what a float can hold
+MAX_SHOWN_CHARACTERS = 100
 
 
 class _Strict(BaseModel):
@@ -24,7 +26,7 @@ class SegmentConfig(_Strict):
     """A prompt and for how many frames it holds."""
 
     prompt: str
-    num_frames: int = Field(ge=1)
+    num_frames: int = Field(ge=1, le=MAX_COUNT)
 
 
 class QueueConfig(_Strict):
@@ -32,7 +34,7 @@ class QueueConfig(_Strict):
 
     timetable: Literal["dualparal", "full"] = "dualparal"
     """`full` denoises all frames at once, as a plain pipeline does."""
-    block_frames: int | None = Field(default=None, ge=1)
+    block_frames: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     context_frames: int | None = Field(default=None, ge=0)
     stride: int = Field(default=1, ge=1)
     """Ticks between two admissions; 1 is DualParal."""
@@ -64,9 +66,9 @@ class JobConfig(_Strict):
     prompt: str | None = None
     segments: tuple[SegmentConfig, ...] = ()
     negative_prompt: str = ""
-    num_frames: int | None = Field(default=None, ge=1)
-    height: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
+    num_frames: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    height: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    width: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     fps: int | None = Field(default=None, ge=1, le=240)
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
     guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
@@ -124,8 +126,9 @@ def resolve(config: JobConfig, recommended: Recommended) -> JobConfig:
                 update={
                     "block_frames": block_frames,
                     "context_frames": context,
-                    "context_mode": queue.context_mode or recommended.context_mode,
-                    "noise": queue.noise or recommended.noise,
+                    # a checkpoint's settings come from JSON, which knows words and no enums
+                    "context_mode": ContextMode(queue.context_mode or recommended.context_mode),
+                    "noise": NoiseKind(queue.noise or recommended.noise),
                 }
             ),
         }
@@ -149,7 +152,7 @@ def read_yaml(path: Path) -> Any:
 def parse_job(values: Any, source: str = "job") -> JobConfig:
     """A job from a mapping. ValueError in one line that names the key, what was given and what is allowed."""
     if not isinstance(values, dict):
-        raise ValueError(f"{source}: need a mapping of settings, found {type(values).__name__}")
+        raise ValueError(f"{source}: need a mapping of settings, found {_shown(values)}")
     try:
         return JobConfig.model_validate(values)
     except ValidationError as error:
@@ -164,11 +167,17 @@ def dump_job(config: JobConfig) -> str:
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "job"
     if error["type"] != "extra_forbidden":
-        return f"{key}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        return f"{key}={_shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
     known = _keys(error["loc"][:-1])
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {key}; {advice}"
+
+
+def _shown(value: Any) -> str:
+    """What was given, short enough for one line."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."
 
 
 def _keys(path: tuple[str | int, ...]) -> list[str]:

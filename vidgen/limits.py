@@ -11,8 +11,8 @@ from vidgen.model.dit import DiTConfig
 from vidgen.types import ContextMode
 
 FLOAT_BYTES = 4
-HIDDEN_COPIES = 16  # tensors of the width of the model alive in a layer, found by measuring peaks
-PIXEL_COPIES = 4
+HIDDEN_COPIES = 24  # tensors of the width of the model alive in a layer, found by measuring peaks
+PIXEL_COPIES = 6
 VIDEO_BYTES_PER_PIXEL = 0.15  # H.264 at crf 16 of busy pictures, segments and the final file together
 
 
@@ -27,7 +27,7 @@ def memory_bytes(
     rows, columns = job.height // strides[1], job.width // strides[1]
     tokens = rows * columns // (dit.patch[0] * dit.patch[1])
     context, own = timetable.context_frames, min(timetable.block_frames, timetable.num_frames)
-    recompute = timetable.mode is ContextMode.RECOMPUTE
+    recompute = timetable.mode == ContextMode.RECOMPUTE
     frames = own + (context if recompute else 0)
     keys = own + 2 * context + timetable.anchor_frames
     hidden = tokens * (frames * (HIDDEN_COPIES * dit.width + 2 * dit.ffn_width) + keys * 4 * dit.width)

@@ -34,7 +34,7 @@ class NoiseSource:
     def block(self, index: int, num_frames: int | None = None) -> Tensor:
         """[1, C, F, Y, X]: the first `num_frames` (default all) noise frames of a block."""
         num_frames = self.block_frames if num_frames is None else num_frames
-        if self.kind is NoiseKind.POOL:
+        if self.kind == NoiseKind.POOL:
             frames = self._pool()[self.pool_frames(index)]
         else:
             frames = self._draw("block", index, self.block_frames)

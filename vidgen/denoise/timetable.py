@@ -137,7 +137,7 @@ class Timetable:
             done = min(
                 step + self.stride, self.num_steps
             )  # steps of the block before, at the last tick's end
-            if self.mode is ContextMode.RECOMPUTE:
+            if self.mode == ContextMode.RECOMPUTE:
                 before_latents = Read(block - 1, done, start, stop)
             else:
                 before_kv = Read(block - 1, done - 1, start, stop)
@@ -152,7 +152,7 @@ class Timetable:
         if self.context_frames:
             if own.index - 1 in self.live(tick):
                 lends.append(Lend(Lender.EARLIER_BLOCK, 0, min(self.context_frames, own.num_frames)))
-            if self.mode is ContextMode.CACHE and own.index + 1 in self.live(tick + 1):
+            if self.mode == ContextMode.CACHE and own.index + 1 in self.live(tick + 1):
                 start = self.block_frames - self.context_frames
                 lends.append(Lend(Lender.LATER_BLOCK, start, self.block_frames))
         if self.anchor_frames and self.num_blocks > 2 and own.index == 0 and tick == self.last_tick(0):

@@ -1,8 +1,8 @@
 """Whether a clip of the procedural world shows what its caption asked for: colour, shape, motion, background.
 
-Every threshold is a property of the world (palette, sizes, speeds), read off rendered clips, clean and through
-noise, blur and the codec; none was chosen by looking at what a model makes. A factor that cannot be told is
-"none", which is right for no scene.
+Every threshold is a property of the world (palette, sizes, speeds), read off rendered clips, clean and
+through noise, blur and the codec; none was chosen by looking at what a model makes. A factor that cannot be
+told is "none", which is right for no scene.
 """
 
 import math
@@ -13,32 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidgen.train.world import (
-    BACKGROUNDS,
-    COLOURS,
-    PATTERNS,
-    SHAPES,
-    SPEED_RANGE,
-    VELOCITIES,
-    Scene,
-    background_pixels,
-    coverage,
-)
+from vidgen.measure.motion import FRAMES_NEEDED, NONE, PATH_TOLERANCE, fit_motion
+from vidgen.train.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Scene, background_pixels, coverage
 
 # F frames, K backgrounds, Y X pixels; positions are (x, y) in frame sides, colours in [-1, 1]
 
 FACTORS = ("colour", "shape", "motion", "background")
-NONE = "none"
 MIN_FRAMES = 8
-FRAMES_NEEDED = 0.9  # share of the frames that must agree on a factor: 15 of 16
-MAX_PIXEL_ERROR = 0.4  # colour distance up to which a pixel is background; palette and backgrounds differ by 0.85
+MAX_PIXEL_ERROR = 0.4  # colour distance to which a pixel is background; the palette is 0.85 off at least
 FOREGROUND_SHARE = (0.02, 0.4)  # of the frame; objects of the world cover 0.11 to 0.20
 MAX_BLEND_ERROR = 0.55  # from any blend of object and background; a second colour is 0.66 off at least
-COLOUR_PURITY = 0.85  # object pixels among those that are neither background nor a blend
+COLOUR_PURITY = 0.9  # object pixels among those that are neither background nor a blend
 MIN_IOU = 0.75  # circle and square of equal area: 0.83
-PATH_TOLERANCE = 0.04  # from the nearest path of that motion: 1.3 pixels of 32
-SPEED_ALLOWED = (SPEED_RANGE[0] / 2, SPEED_RANGE[1] * 2)
-BOUNCE_HANDICAP = 0.01  # a bounce is bent freely enough to follow the jitter of a straight path this much closer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +51,7 @@ class Measured:
     motion: str
     background: str
     foreground_share: tuple[float, ...]  # per frame
-    path: tuple[tuple[float, float], ...]  # centroid per frame in frame sides; nan without a visible object
+    path: tuple[tuple[float, float], ...]  # centroid per frame in frame sides; nan without an object
     displacement: tuple[float, float]  # mean per frame, in frame sides
     ious: dict[str, float]  # per shape, mean over the frames
     motion_errors: dict[str, float]  # per motion, distance in frame sides to its nearest path
@@ -75,7 +61,8 @@ class Measured:
         """Which factors of `scene` are right.
 
         One leg of a bounce is the same clip as a stretch of "up" or "down" between the turning points: both
-        captions are then right.
+        captions are then right. Of 16 frames, a third of the bouncing clips are one leg and a quarter of the
+        "up" and "down" clips pass for one; of 32 frames none.
         """
         is_leg = self.motion in ("up", "down") and self.motion_errors["bouncing"] <= PATH_TOLERANCE
         return Verdict(
@@ -87,13 +74,13 @@ class Measured:
 
 
 def measure_clip(clip: Tensor) -> Measured:
-    """What a clip [3, F, Y, X] in [-1, 1] of at least 8 square frames shows, every factor judged on all frames.
+    """What a clip [3, F, Y, X] in [-1, 1] of at least 8 square frames shows, each factor over all frames.
 
     Up to some 48 frames: over more, a path of one steady speed asks too much; use `windows`.
     """
     if clip.ndim != 4 or clip.shape[0] != 3 or clip.shape[1] < MIN_FRAMES or clip.shape[2] != clip.shape[3]:
         raise ValueError(
-            f"clip of shape {tuple(clip.shape)}: need [3, frames >= {MIN_FRAMES}, side, side], one clip at a time"
+            f"clip of shape {tuple(clip.shape)}: need one clip [3, frames >= {MIN_FRAMES}, side, side]"
         )
     # what a viewer sees; nan becomes a value far from every colour, so that it is never right
     frames = clip.detach().to("cpu", torch.float32).clamp(-1, 1).nan_to_num(nan=10.0)
@@ -103,9 +90,7 @@ def measure_clip(clip: Tensor) -> Measured:
     errors_KF = distance_KFYX.clamp_max(MAX_PIXEL_ERROR).mean((2, 3))
     clear_KF = (distance_KFYX <= MAX_PIXEL_ERROR).float().mean((2, 3)) >= 1 - FOREGROUND_SHARE[1]
     behind = int(errors_KF.mean(1).argmin())
-    backgrounds = [
-        names[k] if clear_KF[k, f] else NONE for f, k in enumerate(errors_KF.argmin(0).tolist())
-    ]
+    backgrounds = [names[k] if clear_KF[k, f] else NONE for f, k in enumerate(errors_KF.argmin(0).tolist())]
 
     weight_FYX, colours = _foreground(frames, templates[behind], distance_KFYX[behind])
     share_F = weight_FYX.mean((1, 2))
@@ -117,17 +102,17 @@ def measure_clip(clip: Tensor) -> Measured:
         SHAPES[s] if iou >= MIN_IOU else NONE
         for iou, s in zip(ious_FS.amax(1).tolist(), ious_FS.argmax(1).tolist(), strict=True)
     ]
-    motion, motion_errors, displacement = _motion(path_F2)
+    fit = fit_motion(path_F2)
     return Measured(
         colour=_vote(colour if seen else NONE for colour, seen in zip(colours, visible_F, strict=True)),
         shape=_vote(shapes),
-        motion=motion,
+        motion=fit.motion,
         background=_vote(backgrounds),
         foreground_share=tuple(share_F.tolist()),
         path=tuple((x, y) for x, y in path_F2.tolist()),
-        displacement=displacement,
+        displacement=fit.displacement,
         ious=dict(zip(SHAPES, ious_FS.mean(0).tolist(), strict=True)),
-        motion_errors=motion_errors,
+        motion_errors=fit.errors,
         background_errors=dict(zip(names, errors_KF.mean(1).tolist(), strict=True)),
     )
 
@@ -155,10 +140,12 @@ def windows(video: Tensor, length: int = 16) -> list[Measured]:
 
 
 def drift(video: Tensor, scene: Scene) -> dict[str, dict[str, float]]:
-    """Shares of right windows, as `adherence` gives them, in the "first" and the "last" quarter of a video."""
+    """Shares of right windows, as `adherence` gives them, in the "first" and "last" quarter of a video."""
     quarter = video.shape[1] // 4
     if quarter < MIN_FRAMES:
-        raise ValueError(f"video of {video.shape[1]} frames: need {4 * MIN_FRAMES} for quarters that can be judged")
+        raise ValueError(
+            f"video of {video.shape[1]} frames: need {4 * MIN_FRAMES} for quarters that can be judged"
+        )
     parts = {"first": video[:, :quarter], "last": video[:, -quarter:]}
     return {
         name: _shares([seen.verdict(scene) for seen in windows(part, min(16, quarter))])
@@ -242,43 +229,3 @@ def _ious(weight_FYX: Tensor, path_F2: Tensor) -> Tensor:
         both, either = torch.minimum(weight_FYX, ideal_FYX), torch.maximum(weight_FYX, ideal_FYX)
         ious.append(both.sum((1, 2)) / either.sum((1, 2)))
     return torch.stack(ious, 1).nan_to_num(nan=0.0)
-
-
-def _motion(path_F2: Tensor) -> tuple[str, dict[str, float], tuple[float, float]]:
-    """The motion whose paths come nearest, the distance to each motion's nearest path, the mean displacement."""
-    time_V = (~path_F2[:, 0].isnan()).nonzero().flatten()
-    errors = dict.fromkeys((*VELOCITIES, "bouncing"), math.inf)
-    needed = math.ceil(FRAMES_NEEDED * len(path_F2))
-    if len(time_V) < needed:
-        return NONE, errors, (math.nan, math.nan)
-    seen_V2 = path_F2[time_V]
-    steps = (seen_V2.diff(dim=0) + 0.5) % 1 - 0.5
-    way_V2 = torch.cat([torch.zeros(1, 2), steps.cumsum(0)])  # unrolled from the torus
-    first, last = torch.triu_indices(len(time_V), len(time_V), 1)
-    slopes = (way_V2[last] - way_V2[first]) / (time_V[last] - time_V[first]).unsqueeze(1)
-    slope = slopes.median(0).values  # Theil-Sen: a few odd frames do not turn it
-
-    def error(offsets: Tensor) -> Tensor:
-        """Distance within which the needed frames lie; offsets [..., V, 2]."""
-        return offsets.norm(dim=-1).sort(-1).values[..., needed - 1]
-
-    for name, (vx, vy) in VELOCITIES.items():
-        speed = float(slope[0] * vx + slope[1] * vy)
-        if name == "still" or SPEED_ALLOWED[0] <= speed <= SPEED_ALLOWED[1]:
-            rest = way_V2 - time_V.unsqueeze(1) * torch.tensor([speed * vx, speed * vy])
-            errors[name] = float(error(rest - rest.median(0).values))
-    errors["bouncing"] = float(error(_bounce_offsets(time_V, way_V2[:, 0], seen_V2[:, 1])).min())
-    handicapped = errors | {"bouncing": errors["bouncing"] + BOUNCE_HANDICAP}
-    best = min(handicapped, key=lambda name: handicapped[name])
-    mean = way_V2[-1] / (time_V[-1] - time_V[0])
-    return best if errors[best] <= PATH_TOLERANCE else NONE, errors, (float(mean[0]), float(mean[1]))
-
-
-def _bounce_offsets(time_V: Tensor, x_V: Tensor, y_V: Tensor) -> Tensor:
-    """[speeds, phases, V, 2] from every bounce of the world, between heights 0.25 and 0.75, to a path."""
-    middle = time_V.float().mean()
-    speed = torch.linspace(*SPEED_ALLOWED, 4 * len(time_V)).view(-1, 1, 1)
-    phase = torch.arange(128).view(1, -1, 1) / 128
-    height = (((phase + (time_V - middle) * speed) % 1) * 2 - 1).abs()
-    dy = y_V - (0.25 + 0.5 * height)
-    return torch.stack([(x_V - x_V.median()).expand_as(dy), dy], -1)

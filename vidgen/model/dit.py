@@ -37,7 +37,7 @@ class DiTConfig:
     eps: float = 1e-6
     window: tuple[int | None, int | None, int | None] | None = None  # radius in frames, token rows, columns
     convolutions: bool = False
-    linear_skip: bool = False  # predict a correction to the linear estimate; needs the latents' variance
+    linear_skip: bool = False  # correct the linear estimate of clean latents; needs their variance
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
@@ -84,7 +84,8 @@ class DiT(nn.Module):
             Block(width, config.num_heads, config.ffn_width, config.eps) for _ in range(config.num_layers)
         )
         self.head_modulation = nn.Parameter(torch.randn(2, width) / math.sqrt(width))
-        self.patch_out = nn.Conv2d(width, patch_channels, kernel, padding=kernel // 2)
+        out_channels = 2 * patch_channels if config.linear_skip else patch_channels  # correction, gain
+        self.patch_out = nn.Conv2d(width, out_channels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.patch_out.weight)
         nn.init.zeros_(self.patch_out.bias)  # type: ignore[arg-type]
         if config.linear_skip:
@@ -166,13 +167,16 @@ class DiT(nn.Module):
     def _add_linear_estimate(self, out: Tensor, latents_BCFYX: Tensor, noise_level_BF: Tensor) -> Tensor:
         """Velocity from an output of unit variance, given per-channel variance of clean latents.
 
-        The best linear estimate of clean x from z = (1-t)x + t*noise is (1-t)v z / ((1-t)^2 v + t^2); the
-        network adds sqrt(v / ((1-t)^2 v + t^2)) times its output (EDM preconditioning, arXiv 2206.00364,
-        written for flow matching and per channel).
+        The best linear estimate of clean x from z = (1-t)x + t*noise is (1-t)v z / s, s = (1-t)^2 v + t^2;
+        the network adds sqrt(v / s) times its output (EDM preconditioning, arXiv 2206.00364, written for flow
+        matching and per channel). Its output is a correction plus a gain times z / sqrt(s): the gain lets a
+        narrow network take noise out of many channels (a plain background) without carrying them.
         """
         if not self.config.linear_skip:
             return out
+        correction, gain = out.chunk(2, dim=1)
         t = noise_level_BF.to(out.dtype).view(out.shape[0], 1, -1, 1, 1)
         variance = self.variance.to(out.dtype).view(1, -1, 1, 1, 1)
         total = (1 - t).square() * variance + t.square()
+        out = correction + gain * latents_BCFYX * total.rsqrt()
         return latents_BCFYX * ((t - (1 - t) * variance) / total) - out * (variance / total).sqrt()

@@ -22,7 +22,7 @@ def axis_widths(head_width: int) -> tuple[int, int, int]:
 def rotations(
     grid: tuple[int, int, int], head_width: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(cosines, signed sines) [S, 1, D] for all tokens of a (frames, rows, columns) grid, as `rotate` wants."""
+    """(cosines, signed sines) [S, 1, D] for all tokens of a (frames, rows, columns) grid, for `rotate`."""
     angles = []
     for axis, (length, width) in enumerate(zip(grid, axis_widths(head_width), strict=True)):
         frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)

@@ -115,8 +115,13 @@ class Trainer:
             for layer in self.model.dit.layers:
                 layer.compile(dynamic=False)
 
-    def run(self, report: Callable[[dict[str, Any]], None]) -> None:
-        """Train to `num_steps`, saving every few minutes; `report` gets each row of the log."""
+    def run(
+        self, report: Callable[[dict[str, Any]], None], should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Train to `num_steps`, saving every few minutes; `report` gets each row of the log.
+
+        When `should_stop` says so, save and return.
+        """
         started, saved, losses = time.monotonic() - self.seconds, time.monotonic(), []
         while self.step < self.config.num_steps:
             losses.append(self.train_step())
@@ -132,9 +137,12 @@ class Trainer:
                 with (self.folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps(row) + "\n")
                 report(row)
-            if time.monotonic() - saved > self.config.save_every_s or self.step == self.config.num_steps:
+            stop = should_stop() or self.step == self.config.num_steps
+            if stop or time.monotonic() - saved > self.config.save_every_s:
                 self.save()
                 saved = time.monotonic()
+            if stop:
+                return
 
     def train_step(self) -> float:
         """One optimiser step on freshly drawn clips; the loss."""
@@ -154,7 +162,8 @@ class Trainer:
         self.step += 1
         decay = min(config.average_decay, (1 + self.step) / (10 + self.step))
         for name, part in self.average.parts().items():
-            targets, sources = list(part.parameters()), list(self.model.parts()[name].parameters())
+            targets: list[Tensor] = list(part.parameters())
+            sources = list(self.model.parts()[name].parameters())
             if targets:
                 torch._foreach_lerp_(targets, [source.detach() for source in sources], 1 - decay)
         return loss.item()
@@ -238,12 +247,17 @@ def _optimisers(model: SmallModel, config: TrainConfig) -> list[torch.optim.Opti
     ]
 
 
-def train(config: TrainConfig, folder: Path, report: Callable[[dict[str, Any]], None]) -> Trainer:
-    """Start the run in `folder`, or go on with the one that is there."""
+def train(
+    config: TrainConfig,
+    folder: Path,
+    report: Callable[[dict[str, Any]], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Trainer:
+    """Start the run in `folder`, or go on with the one that is there. See Trainer.run."""
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, folder)
     if (folder / "latest.pt").exists():
         trainer.restore()
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    trainer.run(report)
+    trainer.run(report, should_stop)
     return trainer

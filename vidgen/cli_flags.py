@@ -1,0 +1,141 @@
+"""The flags of a render, one row each, and the job that they, a config file and the defaults make together.
+
+Flags are taken as text and checked by the same models as a file, so that both get the same messages.
+"""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vidgen.config import JobConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A field of the job as flags: the canonical name first, then what other tools call it."""
+
+    field: str  # dots lead into the rooms of the config
+    names: str
+    value: str  # what help shows for it
+    text: str
+    kind: type = str
+
+    @property
+    def parameter(self) -> str:
+        return self.field.replace(".", "__")
+
+
+FLAGS = (
+    Flag("negative_prompt", "--negative-prompt --neg-prompt", "TEXT", "what to steer away from"),
+    Flag("num_frames", "--num-frames --frame_num --video-length", "N", "frames of the video (default: 65)"),
+    Flag("height", "--height", "PX", "of a frame, before upscaling (default: the model's)"),
+    Flag("width", "--width", "PX", "of a frame, before upscaling (default: the model's)"),
+    Flag("fps", "--fps", "N", "frames per second (default: the model's)"),
+    Flag("num_inference_steps", "--num-inference-steps --sample_steps --infer-steps", "N", "denoising steps"),
+    Flag("guidance_scale", "--guidance-scale --sample_guide_scale --cfg-scale", "X", "1 is no guidance"),
+    Flag("shift", "--shift --sample_shift --flow-shift", "X", "pushes noise levels toward 1"),
+    Flag("seed", "--seed --base_seed", "N", "the same seed gives the same frames (default: 0)"),
+    Flag("model", "--model --ckpt_dir", "NAME|FILE", "see `vidgen models` (default: builtin)"),
+    Flag("threads", "--threads", "N", "CPU threads; they decide the last bits (default: the model's)"),
+    Flag("state_every", "--state-every", "TICKS", "between two saved states (default: 8)"),
+    Flag("queue.timetable", "--timetable", "dualparal|full", "blocks in a queue, or all frames at once"),
+    Flag("queue.block_frames", "--block-frames", "N", "latent frames of a block"),
+    Flag("queue.context_frames", "--context-frames", "N", "latent frames a block sees on each side"),
+    Flag("queue.stride", "--stride", "TICKS", "between two admissions; 1 is DualParal (default: 1)"),
+    Flag("queue.context_mode", "--context-mode", "recompute|cache", "how the frames before are seen"),
+    Flag(
+        "queue.anchor_frames", "--anchor-frames", "N", "of the first block, which all later see (default: 0)"
+    ),
+    Flag("queue.noise", "--noise", "pool|independent", "where a block's noise comes from"),
+    Flag("queue.transition_blocks", "--transition-blocks", "N", "over which prompts blend (default: 0)"),
+    Flag(
+        "output.path", "--output -o --save_file --save-path", "PATH", ".mp4, .gif, .webp, a folder for PNGs"
+    ),
+    Flag("output.upscale", "--upscale", "N", "every pixel becomes a square of this side (default: 1)"),
+    Flag("output.crf", "--crf", "N", "H.264 quality, 0 to 51: lower is better and larger (default: 16)"),
+    Flag("output.save_latents", "--save-latents", "FILE", "keep the clean latents (.safetensors)"),
+    Flag("output.sheet", "--sheet/--no-sheet", "", "write a contact sheet beside an MP4", bool),
+)
+SIZE = re.compile(r"(\d+)\s*[x*]\s*(\d+)", re.IGNORECASE)
+
+
+def takes_job_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with every row of FLAGS as an option of its own, in place of its `**flags`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(
+            flag.parameter,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                flag.kind | None,
+                typer.Option(
+                    *flag.names.split(),
+                    metavar=flag.value or None,
+                    help=flag.text,
+                    show_default=False,
+                ),
+            ],
+        )
+        for flag in FLAGS
+    ]
+    command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    return command
+
+
+def parse_size(text: str) -> dict[str, str]:
+    """Width and height of `832x480` or `832*480`. ValueError when it is neither."""
+    found = SIZE.fullmatch(text.strip())
+    if not found:
+        raise ValueError(f"--size {text!r}: need WIDTHxHEIGHT or WIDTH*HEIGHT, for example 832x480")
+    return {"width": found[1], "height": found[2]}
+
+
+def build_job(
+    flags: dict[str, Any], *, config: Path | None, segments: Path | None, size: dict[str, str]
+) -> "JobConfig":
+    """The job of a command line: flags over the file over the defaults. ValueError in one line."""
+    from vidgen.config import parse_job, read_yaml
+
+    values: dict[str, Any] = {}
+    if config is not None:
+        values = read_yaml(config)
+        parse_job(values, str(config))  # what is wrong in the file is said with the file's name
+    given = {flag.field: flags[flag.parameter] for flag in FLAGS if flags[flag.parameter] is not None}
+    given |= {"prompt": flags["prompt"]} if flags["prompt"] is not None else {}
+    for name, number in size.items():
+        if name in given:
+            raise ValueError(f"--{name} {given[name]} and a size of {number}: give one of them")
+        given[name] = number
+    values = dict(values)
+    if segments is not None:
+        given["segments"] = _read_segments(segments)
+        # a frame count beside a prompt is that prompt's; segments bring their own
+        values = {key: value for key, value in values.items() if key not in ("prompt", "num_frames")}
+    if "prompt" in given:
+        values.pop("segments", None)
+    for field, value in given.items():
+        room, _, name = field.rpartition(".")
+        if room:
+            values[room] = {**values.get(room, {}), name: value}
+        else:
+            values[name] = value
+    return parse_job(values, "command line")
+
+
+def _read_segments(path: Path) -> list[Any]:
+    """The segments of a file, checked. ValueError in one line."""
+    from vidgen.config import parse_job, read_yaml
+
+    values = read_yaml(path)
+    if not isinstance(values, list) or not values:
+        found = "nothing" if not values else type(values).__name__
+        raise ValueError(f"{path}: need a list of {{prompt, num_frames}}, found {found}")
+    parse_job({"segments": values}, str(path))
+    return values

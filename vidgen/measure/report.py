@@ -1,0 +1,55 @@
+"""How often a model shows what it was asked for, on fixed prompts, seeds and settings."""
+
+import random
+import time
+from dataclasses import asdict
+from typing import Any
+
+from vidgen.builtin import SmallModel
+from vidgen.measure.adherence import FACTORS, Verdict, judge
+from vidgen.measure.generate import generate
+from vidgen.train.world import WORLDS, Scene
+from vidgen.types import Recommended
+
+CLIP_FRAMES = 16
+
+
+def measure_adherence(
+    model: SmallModel, *, num_prompts: int, seed: int, settings: Recommended | None = None, world: str = "small"
+) -> dict[str, Any]:
+    """Counts of right clips, per factor and in all, for trained and held-out prompts, half of each.
+
+    Prompts are drawn from the world by the seed; clip i is rendered with seed + i.
+    """
+    settings = settings or model.recommended
+    trained, held_out = (_pick(part, seed, num_prompts, i) for i, part in enumerate(WORLDS[world].split()))
+    scenes = [*trained, *held_out]
+    started = time.process_time()
+    verdicts = []
+    for index, scene in enumerate(scenes):
+        clip = generate(
+            model, scene.caption(), num_frames=CLIP_FRAMES, seed=seed + index, settings=settings
+        )
+        verdicts.append(judge(clip, scene))
+    seconds = time.process_time() - started
+    return {
+        "prompts": len(scenes),
+        "all": _counts(verdicts),
+        "trained": _counts(verdicts[: len(trained)]),
+        "held_out": _counts(verdicts[len(trained) :]),
+        "cpu_seconds_per_clip": round(seconds / len(scenes), 3),
+        "settings": {key: str(value) for key, value in asdict(settings).items()},
+        "training_steps": model.training.get("step"),
+    }
+
+
+def _pick(scenes: list[Scene], seed: int, num_prompts: int, part: int) -> list[Scene]:
+    """Half of the prompts (the larger half of an odd number from the first part), repeating if it must."""
+    count = (num_prompts + 1 - part) // 2
+    order = random.Random(seed).sample(scenes, len(scenes))
+    return [order[i % len(order)] for i in range(count)]
+
+
+def _counts(verdicts: list[Verdict]) -> dict[str, str]:
+    names = (*FACTORS, "all")
+    return {name: f"{sum(getattr(v, name) for v in verdicts)}/{len(verdicts)}" for name in names}
