@@ -48,13 +48,16 @@ def load_small(path: Path = BUILTIN_PATH) -> SmallModel:
     settings = read_settings(path)
     if settings.get("family") != FAMILY:
         raise ValueError(f"{path}: family {settings.get('family')!r}, need {FAMILY!r}")
-    model = SmallModel(
-        dit=DiT(DiTConfig(**_with_tuples(settings["dit"]))),
-        codec=DctCodec(DctConfig(**_with_tuples(settings["codec"]))),
-        text=WordEncoder(WordEncoderConfig(**_with_tuples(settings["text"]))),
-        recommended=_recommended(settings["recommended"]),
-        training=settings["training"],
-    )
+    try:
+        model = SmallModel(
+            dit=DiT(DiTConfig(**_with_tuples(settings["dit"]))),
+            codec=DctCodec(DctConfig(**_with_tuples(settings["codec"]))),
+            text=WordEncoder(WordEncoderConfig(**_with_tuples(settings["text"]))),
+            recommended=_recommended(settings["recommended"]),
+            training=settings["training"],
+        )
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: settings of another version of vidgen ({error}); train it anew") from error
     for name, module in model.parts().items():
         load_part(path, name, module)
         module.eval().requires_grad_(False)

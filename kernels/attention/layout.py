@@ -20,6 +20,8 @@ class SlidingWindow3D:
     frame_offset: int = 0
 
     def __post_init__(self) -> None:
+        if any(radius is not None and radius < 0 for radius in self.radius):
+            raise ValueError(f"radius={self.radius}: need 0 or more along each axis, or None for no limit")
         if self.frame_offset < 0 or self.frame_offset + self.grid[0] > self.key_frames:
             raise ValueError(
                 f"query frames {self.frame_offset}..{self.frame_offset + self.grid[0]} must lie inside "

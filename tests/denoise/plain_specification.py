@@ -1,7 +1,7 @@
-"""design.md's "blocks, steps, ticks" once more: slow, plain, in float64, sharing no code with the engine's loop.
+"""design.md's "blocks, steps, ticks" once more: slow, plain, in float64, sharing no code with the loop.
 
-Of the engine it takes a DiT's weights and its linear, convolution and LayerNorm modules, nothing else. Every K,V
-and every version of every block's latents is kept for ever and looked up by (block, step).
+Of the engine it takes a DiT's weights and its linear, convolution and LayerNorm modules, nothing else. Every
+K,V and every version of every block's latents is kept for ever and looked up by (block, step).
 
 What fp32 does to the input of the noise-level embedding is part of the model (1000 radians in fp32 are off by
 3e-5), so those angles are taken in fp32 here too.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-LayerContext = list[tuple[Tensor, Tensor]]  # per layer: keys and values [F, S, H, D], keys normed, not rotated
+LayerContext = list[tuple[Tensor, Tensor]]  # per layer: normed, unrotated keys and values [F, S, H, D]
 
 
 @torch.no_grad()
@@ -62,7 +62,8 @@ def plain_denoise(
             for branch in range(1 if guidance_scale == 1 else 2):
                 before: list[LayerContext] = []
                 if anchor_frames and block >= 2 and tick >= num_steps:  # block 0 finished in an earlier tick
-                    before.append([(k[:anchor_frames], v[:anchor_frames]) for k, v in kept[0, num_steps - 1, branch]])
+                    first = kept[0, num_steps - 1, branch]
+                    before.append([(k[:anchor_frames], v[:anchor_frames]) for k, v in first])
                 if block and context_frames and cache:
                     last = kept[block - 1, done_before - 1, branch]
                     before.append([(k[-context_frames:], v[-context_frames:]) for k, v in last])
@@ -117,11 +118,11 @@ def plain_forward(
         m = (layer.modulation + modulation).unsqueeze(2)  # [F, 6, 1, D]
         h = _norm(x, config.eps) * (1 + m[:, 1]) + m[:, 0]
         module = layer.self_attention
-        query = _rms(module.query(h), module.query_norm.weight, config.eps).reshape(frames, -1, heads, head_width)
-        key = _rms(module.key(h), module.key_norm.weight, config.eps).reshape(frames, -1, heads, head_width)
-        value = module.value(h).reshape(frames, -1, heads, head_width)
+        query = _rms(module.query(h), module.query_norm.weight, config.eps).unflatten(-1, (heads, head_width))
+        key = _rms(module.key(h), module.key_norm.weight, config.eps).unflatten(-1, (heads, head_width))
+        value = module.value(h).unflatten(-1, (heads, head_width))
         own.append((key, value))
-        parts = [context[index] for context in before] + [(key, value)] + [context[index] for context in after]
+        parts = [context[index] for context in (*before, own, *after)]
         keys, values = (torch.cat([part[i] for part in parts]).flatten(0, 1) for i in range(2))  # [K, H, D]
         attended = _attend(_turn(query.flatten(0, 1), turns[own_tokens]), _turn(keys, turns), values, sees)
         x = x + module.out(attended).reshape(x.shape) * m[:, 2]
@@ -139,15 +140,17 @@ def plain_forward(
     m = (model.head_modulation + noise.unsqueeze(1)).unsqueeze(2)
     x = _norm(x, config.eps) * (1 + m[:, 1]) + m[:, 0]
     folded = model.patch_out(x.transpose(1, 2).reshape(frames, -1, rows, columns))
-    out = torch.empty_like(latents_CFYX)
-    for number, (c, i, j) in enumerate(places):
+    num_out = folded.shape[1] // (p * q)
+    out = torch.empty((num_out, *latents_CFYX.shape[1:]), dtype=torch.float64)
+    for number, (c, i, j) in enumerate((c, i, j) for c in range(num_out) for i in range(p) for j in range(q)):
         out[c, :, i::p, j::q] = folded[:, number]
     if config.linear_skip:
         t = torch.tensor(levels, dtype=torch.float64).reshape(1, -1, 1, 1)
         v = model.variance.reshape(-1, 1, 1, 1)
         total = (1 - t) ** 2 * v + t**2
+        correction = out[:channels] + out[channels:] * latents_CFYX / torch.sqrt(total)
         # E[noise - clean | z] of Gaussians, and what the network corrects in units of its deviation
-        out = (t - (1 - t) * v) / total * latents_CFYX - torch.sqrt(v / total) * out
+        out = (t - (1 - t) * v) / total * latents_CFYX - torch.sqrt(v / total) * correction
     return out, own
 
 
@@ -173,14 +176,16 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _turns(frames: int, rows: int, columns: int, head_width: int, theta: float) -> Tensor:
-    """Complex [frames*rows*columns, 1, head_width/2] of modulus 1: what RoPE multiplies each channel pair by."""
+    """Complex [frames*rows*columns, 1, head_width/2] of modulus 1: what RoPE multiplies channel pairs by."""
     third = 2 * (head_width // 6)
     angles = []
     for frame in range(frames):
         for row in range(rows):
             for column in range(columns):
                 placed = ((frame, head_width - 2 * third), (row, third), (column, third))
-                angles.append([at * theta ** (-2 * i / width) for at, width in placed for i in range(width // 2)])
+                angles.append(
+                    [at * theta ** (-2 * i / width) for at, width in placed for i in range(width // 2)]
+                )
     angle = torch.tensor(angles, dtype=torch.float64).unsqueeze(1)
     return torch.polar(torch.ones_like(angle), angle)
 

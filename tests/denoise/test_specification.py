@@ -16,8 +16,8 @@ from vidgen.model.dit import DiT
 from vidgen.types import ContextMode
 
 # Largest error over largest latent. The loop is fp32 and the plain one float64, so this is fp32's rounding
-# through the steps: 1e-7 to 1e-6 here. Models in float64 would not tighten it, since norms and RoPE compute in
-# fp32 by design.
+# through the steps: 1e-7 to 1e-6 here. Models in float64 would not tighten it, since norms and RoPE
+# compute in fp32 by design.
 TOLERANCE = 3e-6
 
 RECOMPUTE, CACHE = ContextMode.RECOMPUTE, ContextMode.CACHE
@@ -108,13 +108,14 @@ def relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
     assert [block.shape[1:] for block in found] == [block.shape for block in expected]
     largest = max(block.abs().max() for block in expected)
     return max(
-        float((block[0] - other).abs().max() / largest)
-        for block, other in zip(found, expected, strict=True)
+        float((block[0] - other).abs().max() / largest) for block, other in zip(found, expected, strict=True)
     )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_loop_equals_plain_specification(case: Case, dit: Callable[..., DiT], task: Any, latents: Any, plain: Any):
+def test_loop_equals_plain_specification(
+    case: Case, dit: Callable[..., DiT], task: Any, latents: Any, plain: Any
+):
     made = task(case.timetable(), model=dit(**MODELS[case.model]), guidance_scale=case.guidance)
     assert relative_error(latents(made), plain_latents(plain, made, case)) < TOLERANCE
 
@@ -157,7 +158,9 @@ class Meddler:
         ("after comes first", CACHE),
     ],
 )
-def test_tolerance_can_tell_a_wrong_context(how: str, mode: ContextMode, dit: Any, task: Any, latents: Any, plain: Any):
+def test_tolerance_can_tell_a_wrong_context(
+    how: str, mode: ContextMode, dit: Any, task: Any, latents: Any, plain: Any
+):
     case = Case(frames=9, steps=4, block=3, context=2, mode=mode)
     right = task(case.timetable())
     wrong = replace(right, model=Meddler(dit(), how, case.context, list(right.noise_levels)))  # type: ignore[arg-type]

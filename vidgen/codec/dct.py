@@ -29,6 +29,11 @@ class DctConfig:
     num_channels: int = 128
     whitening: float = 0.5  # 0: natural spectrum, 1: every coefficient has unit variance
 
+    def __post_init__(self) -> None:
+        most = 3 * math.prod(self.patch)
+        if not 1 <= self.num_channels <= most:
+            raise ValueError(f"num_channels={self.num_channels}: a patch of {self.patch} has 1 to {most}")
+
 
 class DctCodec(nn.Module):
     """Pixels [B, 3, frames, height, width] in [-1, 1] to latents [B, C, F, Y, X] and back."""
@@ -79,7 +84,9 @@ class DctCodec(nn.Module):
 
     def decode(self, latents_BCFYX: Tensor) -> Tensor:
         """Pixels [B, 3, frames, height, width], not clamped."""
-        batch, _, frames, rows, columns = latents_BCFYX.shape
+        batch, channels, frames, rows, columns = latents_BCFYX.shape
+        if channels != self.num_channels:
+            raise ValueError(f"latents of {channels} channels: this codec has {self.num_channels}")
         t, y, x = self.config.patch
         coefficients = latents_BCFYX.new_zeros(batch, 3 * t * y * x, frames, rows, columns)
         coefficients[:, self.kept] = latents_BCFYX * _per_channel(self.scale) + _per_channel(self.mean)

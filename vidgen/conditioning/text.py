@@ -67,7 +67,7 @@ class Vocabulary:
         """
         words = [SYNONYMS.get(word, word) for word in _words(prompt)]
         known = [word for word in words if word in self.number]
-        if words and not any(word in self.content_words for word in known):
+        if prompt.strip() and not any(word in self.content_words for word in known):
             raise ValueError(
                 f"prompt {prompt!r} has no word this model knows; it knows: {', '.join(self.content_words)}"
             )

@@ -35,6 +35,13 @@ class Task:
     noise: Callable[[Block], Tensor]  # [1, C, F, Y, X] of a block
     texts: Callable[[Block], tuple[Tensor, ...]]  # text [1, N, T] of a block, one per branch
 
+    def __post_init__(self) -> None:
+        if len(self.noise_levels) != self.timetable.num_steps + 1:
+            raise ValueError(
+                f"{len(self.noise_levels)} noise levels for {self.timetable.num_steps} steps: need one more "
+                "level than steps"
+            )
+
 
 @dataclass
 class BlockState:
@@ -108,7 +115,10 @@ def run_forward(
     """(guided velocity of the block's own frames, keys and values it lends)."""
     assert own.steps_done == forward.step
     latents, levels, frames_before = _window(task, state, forward, own)
-    texts = task.texts(task.timetable.block(forward.block))[: num_branches(task.guidance_scale)]
+    branches = num_branches(task.guidance_scale)
+    texts = task.texts(task.timetable.block(forward.block))[:branches]
+    if len(texts) < branches:
+        raise ValueError(f"guidance_scale={task.guidance_scale}: needs a text and a negative text, got one")
     velocities, lent = [], []
     for branch, text in enumerate(texts):
         velocity, own_kv = task.model.forward_and_lend(

@@ -134,9 +134,8 @@ class Timetable:
         before_latents = before_kv = after_kv = anchor_kv = None
         if block > 0 and context:
             start, stop = self.block_frames - context, self.block_frames
-            done = min(
-                step + self.stride, self.num_steps
-            )  # steps of the block before, at the last tick's end
+            # how many steps the block before had done at the end of the last tick
+            done = min(step + self.stride, self.num_steps)
             if self.mode == ContextMode.RECOMPUTE:
                 before_latents = Read(block - 1, done, start, stop)
             else:

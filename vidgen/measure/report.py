@@ -15,7 +15,12 @@ CLIP_FRAMES = 16
 
 
 def measure_adherence(
-    model: SmallModel, *, num_prompts: int, seed: int, settings: Recommended | None = None, world: str = "small"
+    model: SmallModel,
+    *,
+    num_prompts: int,
+    seed: int,
+    settings: Recommended | None = None,
+    world: str = "small",
 ) -> dict[str, Any]:
     """Counts of right clips, per factor and in all, for trained and held-out prompts, half of each.
 

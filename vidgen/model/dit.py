@@ -154,6 +154,8 @@ class DiT(nn.Module):
     def _fold(self, latents_BCFYX: Tensor) -> Tensor:
         """[B*F, C*p*q, Y/p, X/q]: patches become channels."""
         p, q = self.config.patch
+        if latents_BCFYX.shape[3] % p or latents_BCFYX.shape[4] % q:
+            raise ValueError(f"latents of {tuple(latents_BCFYX.shape[3:])}: need multiples of {(p, q)}")
         frames_first = latents_BCFYX.transpose(1, 2).flatten(0, 1)
         patches = frames_first.unflatten(3, (-1, q)).unflatten(2, (-1, p))  # [BF, C, Y/p, p, X/q, q]
         return patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)

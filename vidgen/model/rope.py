@@ -19,6 +19,7 @@ def axis_widths(head_width: int) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for later calls, which may train
 def rotations(
     grid: tuple[int, int, int], head_width: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
