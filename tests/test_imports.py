@@ -65,7 +65,7 @@ ROOMS: dict[str, Room] = {
     "vidgen.cli": Room(engine=("vidgen",)),
     "vidgen.cli_*": Room(engine=("vidgen",)),
     "vidgen.__main__": Room(engine=("vidgen.cli",)),
-    "tools": Room(engine=("vidgen",), but_not=("vidgen.cli", "vidgen.cli_*")),
+    "tools": Room(engine=("vidgen",)),
 }
 # the only places that print or end the process
 SPEAKERS = ("vidgen.cli", "vidgen.cli_*", "vidgen.__main__", "vidgen.train.__main__", "tools")

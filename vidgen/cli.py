@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from vidgen import __version__, cli_inspect, cli_render, cli_train
+from vidgen import __version__, cli_bench, cli_inspect, cli_render, cli_train
 from vidgen.cli_exit import BAD_INPUT, INTERRUPTED, OK, Ended, one_line, plain_warnings, write_line
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app.command()(cli_inspect.doctor)
 app.command()(cli_inspect.models)
 app.command()(cli_train.train)
 app.add_typer(cli_train.measure, name="measure")
+app.add_typer(cli_bench.bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -55,6 +55,7 @@ class TrainConfig:
     rope_theta: float = 100.0
     matrix_rate: float = 0.01  # Muon's learning rate
     other_rate: float = 2e-3  # AdamW's
+    text_rate: float = 5e-4  # AdamW's for the text path, whose GELU dies at a higher one
     warmup_steps: int = 200
     average_decay: float = 0.999
     caption_dropout: float = 0.1
@@ -239,11 +240,13 @@ class Trainer:
 def _optimisers(model: SmallModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon (arXiv 2502.16982) for the layers' matrices, AdamW for everything else."""
     matrices = [p for p in model.dit.layers.parameters() if p.ndim == 2 and min(p.shape) > 6]
-    chosen = {id(p) for p in matrices}
-    others = [p for part in model.parts().values() for p in part.parameters() if id(p) not in chosen]
+    text = [*model.text.parameters(), *model.dit.text_in.parameters()]
+    chosen = {id(p) for p in (*matrices, *text)}
+    others = [p for p in model.dit.parameters() if id(p) not in chosen]
+    groups = [{"params": others, "lr": config.other_rate}, {"params": text, "lr": config.text_rate}]
     return [
         torch.optim.Muon(matrices, lr=config.matrix_rate, momentum=0.95, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=config.other_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
 

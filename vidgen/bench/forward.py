@@ -1,61 +1,24 @@
-"""How fast and how small: figures of this machine, as rows that print and as JSON. No claims, no limits.
+"""One forward of the built-in model against the same work written as plain PyTorch, and against its floor.
 
-`render` runs each length in a process of its own, so that its peak memory is its own. `model` holds a forward
-against the same work written as plain PyTorch, and against nothing but its matrix products and attention.
+The floor is nothing but the matrix products and the attention.
 """
 
-import json
 import math
-import resource
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention, silu
 
+from vidgen.bench.rendering import PROMPT
 from vidgen.builtin import load_small
 from vidgen.model.context import Context, KeyValue
 from vidgen.model.dit import DiT
 from vidgen.model.layers import Block
 from vidgen.model.rope import rotations
-
-PROMPT = "a red circle moving left over a gray background"
-
-
-def bench_render(lengths: list[int]) -> list[dict[str, Any]]:
-    """Per length: seconds, seconds per frame, time to the first frame, peak memory; end to end on disk."""
-    rows = []
-    for num_frames in lengths:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "vidgen.bench", str(num_frames), folder]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
-            if done.returncode != 0:
-                raise RuntimeError(f"bench of {num_frames} frames failed: {done.stderr.strip()[-500:]}")
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-    return rows
-
-
-def render_once(num_frames: int, folder: Path) -> dict[str, Any]:
-    """One render in this process, and what it took."""
-    from vidgen.config import parse_job
-    from vidgen.render import render
-
-    output = {"path": folder / "bench.mp4", "sheet": False}
-    done = render(parse_job({"prompt": PROMPT, "num_frames": num_frames, "output": output}))
-    return {
-        "num_frames": num_frames,
-        "seconds": round(done.seconds, 2),
-        "seconds_per_frame": round(done.seconds / num_frames, 4),
-        "first_frame_s": round(done.first_frame_s or 0.0, 2),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
 
 
 @torch.inference_mode()
@@ -171,7 +134,3 @@ def _products_only(dit: DiT, frames: int, context: int, tokens: int, text: Tenso
         x = linear(linear(out.transpose(1, 2).flatten(2), ca.out.weight), ffn.up.weight)
         x = linear(x, ffn.down.weight)
     return x
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(render_once(int(sys.argv[1]), Path(sys.argv[2]))) + "\n")

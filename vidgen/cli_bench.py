@@ -1,0 +1,50 @@
+"""`vidgen bench`: figures of this machine."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vidgen.cli_exit import OK, write_line
+
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the figures here")]
+
+
+@bench.command()
+def render(
+    lengths: Annotated[
+        str, typer.Option("--lengths", metavar="N,N,...", help="frames of the renders")
+    ] = "65,257,1025",
+    json_file: Json = None,
+) -> int:
+    """Time renders end to end: seconds per frame, time to the first frame, peak memory."""
+    from vidgen.bench.rendering import bench_render
+
+    try:
+        numbers = [int(length) for length in lengths.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"--lengths={lengths}: need whole numbers above 0 with commas, such as 65,257")
+    return _show(bench_render(numbers), json_file)
+
+
+@bench.command()
+def model(json_file: Json = None) -> int:
+    """Hold one forward of the built-in model against plain PyTorch, and against its matrix products alone."""
+    from vidgen.bench.forward import bench_model
+
+    return _show(bench_model(), json_file)
+
+
+def _show(rows: list[dict[str, object]], json_file: Path | None) -> int:
+    from vidgen.bench.machine import machine_facts, table
+
+    machine = machine_facts()
+    write_line("stdout", ", ".join(f"{name} {value}" for name, value in machine.items()))
+    write_line("stdout", table(rows))
+    if json_file:
+        json_file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    return OK
