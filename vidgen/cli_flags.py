@@ -60,7 +60,7 @@ FLAGS = (
     Flag("output.upscale", "--upscale", "N", "every pixel becomes a square of this side (default: 1)"),
     Flag("output.crf", "--crf", "N", "H.264 quality, 0 to 51: lower is better and larger (default: 16)"),
     Flag("output.save_latents", "--save-latents", "FILE", "keep the clean latents (.safetensors)"),
-    Flag("output.sheet", "--sheet/--no-sheet", "", "write a contact sheet beside an MP4", bool),
+    Flag("output.sheet", "--sheet/--no-sheet", "", "write a contact sheet beside the output", bool),
 )
 SIZE = re.compile(r"(\d+)\s*[x*]\s*(\d+)", re.IGNORECASE)
 

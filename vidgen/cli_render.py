@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # what a machine does to a good program; anything else is a fault of ours, and its trace is shown
 OUTSIDE_CAUSES = (ValueError, OSError, MemoryError, RuntimeError, sqlite3.Error)
+Report = Callable[[Progress], None]
+ShouldStop = Callable[[], bool]
 SHOW_CURSOR = b"\x1b[?25h"
 Json = Annotated[bool, typer.Option("--json", help="events on stdout, one JSON object per line")]
 
@@ -73,15 +75,12 @@ def render(
         raise ValueError(f"output={str(output)!r}: need the name of a file or folder, for example out.mp4")
     folder = job or output.with_suffix(".job")
 
-    from vidgen import render as rendering
+    def run(report: Report, should_stop: ShouldStop) -> "Rendered":
+        from vidgen.render import render
 
-    return _watch(
-        folder,
-        as_json,
-        lambda report, should_stop: rendering.render(
-            wanted, folder=folder, overwrite=overwrite, report=report, should_stop=should_stop
-        ),
-    )
+        return render(wanted, folder=folder, overwrite=overwrite, report=report, should_stop=should_stop)
+
+    return _watch(folder, as_json, run)
 
 
 def resume(
@@ -89,7 +88,6 @@ def resume(
     as_json: Json = False,
 ) -> int:
     """Go on with a render that was stopped, to the frames that it would have had."""
-    from vidgen import render as rendering
     from vidgen.journal import Journal
 
     with Journal(folder) as journal:
@@ -100,23 +98,21 @@ def resume(
             view.event("finished", output=str(output), folder=str(folder), already=True)
             view.say(f"already finished: {output}")
         return OK
-    return _watch(
-        folder,
-        as_json,
-        lambda report, should_stop: rendering.resume(folder, report=report, should_stop=should_stop),
-    )
 
+    def run(report: Report, should_stop: ShouldStop) -> "Rendered":
+        from vidgen.render import resume
 
-Report = Callable[[Progress], None]
-ShouldStop = Callable[[], bool]
+        return resume(folder, report=report, should_stop=should_stop)
+
+    return _watch(folder, as_json, run)
 
 
 def _watch(folder: Path, as_json: bool, run: Callable[[Report, ShouldStop], "Rendered"]) -> int:
     """Run a job, show it, and turn the ways in which it can end early into Ended."""
-    from vidgen.config import parse_job, read_yaml
-    from vidgen.render import Interrupted
-
+    # signals first: what is imported below takes seconds
     with RenderView(as_json) as view, _stop_signals() as should_stop:
+        from vidgen.config import parse_job, read_yaml
+        from vidgen.render import Interrupted
 
         def report(progress: Progress) -> None:
             if view.last is None:

@@ -6,16 +6,28 @@ says everything that is needed to repeat it.
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from vidgen.types import ContextMode, NoiseKind, Recommended, Segment
 
 DEFAULT_NUM_FRAMES = 65
 MAX_COUNT = 10**15  # far past any machine; keeps estimates within what a float can hold
 MAX_SHOWN_CHARACTERS = 100
+
+
+def _check_text(value: Any) -> Any:
+    """The value, if it can be written into files and handed to the system."""
+    text = str(value)
+    if "\0" in text or text.encode("utf-8", "replace").decode() != text:
+        raise ValueError("need text of valid UTF-8 without zero bytes")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+Place = Annotated[Path, AfterValidator(_check_text)]
 
 
 class _Strict(BaseModel):
@@ -25,7 +37,7 @@ class _Strict(BaseModel):
 class SegmentConfig(_Strict):
     """A prompt and for how many frames it holds."""
 
-    prompt: str
+    prompt: Text
     num_frames: int = Field(ge=1, le=MAX_COUNT)
 
 
@@ -49,23 +61,31 @@ class QueueConfig(_Strict):
 class OutputConfig(_Strict):
     """Where the frames go and how."""
 
-    path: Path = Path("out.mp4")
+    path: Place = Path("out.mp4")
     """`.mp4`, `.gif`, `.webp`, or a folder for PNG frames."""
     upscale: int = Field(default=1, ge=1, le=64)
     """Every pixel becomes a square of this side."""
     crf: int = Field(default=16, ge=0, le=51)
     """H.264 quality: lower is better and larger."""
-    save_latents: Path | None = None
+    save_latents: Place | None = None
     sheet: bool = True
-    """Write a contact sheet (PNG) beside the video."""
+    """Write a contact sheet (PNG) beside the output."""
+
+    @property
+    def sheet_path(self) -> Path | None:
+        """Where the contact sheet goes, if there is to be one."""
+        if not self.sheet:
+            return None
+        name = f"{self.path.stem}.png" if self.path.suffix else f"{self.path.name}_sheet.png"
+        return self.path.with_name(name)
 
 
 class JobConfig(_Strict):
     """One render."""
 
-    prompt: str | None = None
+    prompt: Text | None = None
     segments: tuple[SegmentConfig, ...] = ()
-    negative_prompt: str = ""
+    negative_prompt: Text = ""
     num_frames: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     height: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     width: int | None = Field(default=None, ge=1, le=MAX_COUNT)
@@ -74,7 +94,7 @@ class JobConfig(_Strict):
     guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     shift: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    model: str = "builtin"
+    model: Text = "builtin"
     """`builtin` or the path of a checkpoint."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of torch; part of a job because sums of floats depend on it."""

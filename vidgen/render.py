@@ -20,7 +20,7 @@ from vidgen.journal import Journal
 from vidgen.limits import disk_bytes, free_disk_bytes, readable
 from vidgen.media.blocks import WrittenBlock
 from vidgen.media.segments import replacing
-from vidgen.media.sheet import save_sheet
+from vidgen.media.sheet import save_sheet_of
 from vidgen.media.sink import Sink, open_sink, upscale
 from vidgen.types import Progress
 
@@ -133,7 +133,7 @@ def _run(
     output = sink.finish()
     if job.output.save_latents:
         _join_latents(journal, job.output.save_latents)
-    sheet = _make_sheet(plan, output)
+    sheet = _make_sheet(engine, plan, journal)
     journal.note("finished", True)
     seconds = time.monotonic() - started
     return Rendered(
@@ -197,27 +197,36 @@ def _join_latents(journal: Journal, target: Path) -> None:
         save_file({"latents": torch.cat(latents, dim=2)}, temporary)
 
 
-def _make_sheet(plan: Plan, output: Path) -> Path | None:
-    """The contact sheet beside an MP4, each tile under its prompt."""
-    if not plan.job.output.sheet or output.suffix.lower() != ".mp4":
+def _make_sheet(engine: Engine, plan: Plan, journal: Journal) -> Path | None:
+    """The contact sheet beside the output, each tile over its prompt."""
+    job = plan.job
+    target = job.output.sheet_path
+    if target is None:
         return None
-    labels = [segment.prompt for segment in plan.timeline.segments for _ in range(segment.num_frames)][
-        : plan.job.num_frames
-    ]
-    labels += labels[-1:] * (plan.job.num_frames - len(labels))  # type: ignore[operator]
-    target = output.with_suffix(".png")
-    save_sheet(output, target, labels=labels)
-    return target
+    assert job.num_frames
+    segments = plan.timeline.segments
+    labels = [segment.prompt for segment in segments for _ in range(segment.num_frames)][: job.num_frames]
+    labels += [segments[-1].prompt] * (job.num_frames - len(labels))
+    blocks = (
+        engine.frames(FinishedBlock(plan.task.timetable.block(r.block), journal.load_latents(r.block)), plan)
+        for r in journal.written()
+    )
+    return save_sheet_of(blocks, job.num_frames, target, labels=labels)
 
 
 def _check_places(plan: Plan, folder: Path, overwrite: bool) -> None:
     """ValueError unless everything the job writes can be written and nothing is lost by it."""
     job, output = plan.job, plan.job.output
-    for name, path in (("output", output.path), ("save_latents", output.save_latents), ("job", folder)):
-        if path is not None:
-            _check_writable(name, path)
-    for name, path in (("output", output.path), ("save_latents", output.save_latents)):
-        if path is None or not path.exists() or overwrite:
+    _check_writable("job", folder)
+    for name, path in (
+        ("output", output.path),
+        ("save_latents", output.save_latents),
+        ("sheet", output.sheet_path),
+    ):
+        if path is None:
+            continue
+        _check_writable(name, path)
+        if not path.exists() or overwrite:
             continue
         if path.is_file() or any(path.iterdir()):
             raise ValueError(f"{name}={path}: exists; give another name or --overwrite")

@@ -50,3 +50,20 @@ def listing(tmp_path: Path) -> Callable[[], dict[str, str]]:
         }
 
     return read
+
+
+@pytest.fixture
+def refused(run: Run, listing: Callable[[], dict[str, str]]) -> Callable[..., str]:
+    """Runs a command that must be refused without a trace on the disk; its one line."""
+
+    def check(*argv: object) -> str:
+        before = listing()
+        ran = run(*argv)
+        assert ran.code == 2, ran
+        lines = [line for line in ran.err.splitlines() if line.strip() and not line.startswith("warning: ")]
+        assert len(lines) == 1 and lines[0].startswith("vidgen: error: "), ran.err
+        assert "Traceback" not in ran.err and not ran.out
+        assert listing() == before
+        return lines[0]
+
+    return check

@@ -2,7 +2,7 @@
 
 # F frames, H height, W width; pictures are uint8 RGB
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,29 @@ def save_sheet(
         indices = _even_indices(source.num_frames, num_tiles)
         texts = _labels_at(indices, labels, source.num_frames)
         sheet = _compose(source.frames(indices), indices, num_columns, texts)
+    return _save(sheet, target)
+
+
+def save_sheet_of(
+    blocks: Iterable[NDArray[np.uint8]],
+    num_frames: int,
+    target: Path,
+    *,
+    num_columns: int = 8,
+    num_tiles: int = 32,
+    labels: Sequence[str] | None = None,
+) -> Path:
+    """The contact sheet of frames that come block by block, [F, H, W, 3] each and `num_frames` in all."""
+    indices = _even_indices(num_frames, num_tiles)
+    shown, first = [], 0
+    for block in blocks:
+        shown += [block[i - first] for i in indices if first <= i < first + len(block)]
+        first += len(block)
+    sheet = _compose(np.stack(shown), indices, num_columns, _labels_at(indices, labels, num_frames))
+    return _save(sheet, target)
+
+
+def _save(sheet: Image.Image, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         sheet.save(temporary, "PNG")

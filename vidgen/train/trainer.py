@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vidgen.builtin import SmallModel
 from vidgen.codec.dct import DctCodec, DctConfig
 from vidgen.conditioning.text import WordEncoder, WordEncoderConfig
+from vidgen.measure.report import measure_adherence
 from vidgen.model.dit import DiT, DiTConfig
 from vidgen.train.levels import draw_levels
 from vidgen.train.world import (
@@ -65,6 +66,8 @@ class TrainConfig:
     device: str = "cpu"
     save_every_s: float = 240.0
     log_every: int = 50
+    measure_every: int = 2000  # steps; a multiple of log_every
+    measured_prompts: int = 32
 
 
 def build_model(config: TrainConfig) -> SmallModel:
@@ -128,12 +131,14 @@ class Trainer:
             losses.append(self.train_step())
             self.seconds = time.monotonic() - started
             if self.step % self.config.log_every == 0:
-                row = {
+                row: dict[str, Any] = {
                     "step": self.step,
                     "loss": round(sum(losses) / len(losses), 5),
                     "rate": round(self._rate_factor(), 4),
                     "seconds": round(self.seconds, 1),
                 }
+                if self.step % self.config.measure_every == 0:
+                    row["adherence"] = self.measure()
                 losses.clear()
                 with (self.folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps(row) + "\n")
@@ -144,6 +149,14 @@ class Trainer:
                 saved = time.monotonic()
             if stop:
                 return
+
+    def measure(self) -> dict[str, str]:
+        """Right clips of the averaged model, of trained and held-out prompts."""
+        self.average.dit.eval()
+        found = measure_adherence(
+            self.average, num_prompts=self.config.measured_prompts, seed=0, world=self.config.world
+        )
+        return found["all"]
 
     def train_step(self) -> float:
         """One optimiser step on freshly drawn clips; the loss."""
