@@ -22,7 +22,7 @@ LINE_EVERY_S = 5.0
 class RenderView:
     """Shows one render. With `as_json`, stdout gets one event per line and people read stderr.
 
-    Facts are shown with the first tick: only then every setting has been found good. Use as a context
+    Facts are shown when the job begins: only then every setting has been found good. Use as a context
     manager, so that the bar leaves the terminal as it was.
     """
 

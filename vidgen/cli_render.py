@@ -115,10 +115,11 @@ def _watch(folder: Path, as_json: bool, run: Callable[[Report, ShouldStop], "Ren
         from vidgen.render import Interrupted
 
         def report(progress: Progress) -> None:
-            if view.last is None:
+            if progress.ticks_this_run:
+                view.progress(progress)
+            else:
                 file = folder / "job.yaml"
                 view.started(parse_job(read_yaml(file), str(file)), folder, progress)
-            view.progress(progress)
 
         try:
             view.finished(run(report, should_stop))

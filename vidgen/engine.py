@@ -86,6 +86,11 @@ class Engine:
             transition_blocks=job.queue.transition_blocks,
         )
         self._warn_of_unknown_words(job)
+        if job.num_frames < timeline.num_frames:
+            warnings.warn(
+                f"num_frames={job.num_frames} cuts the segments, which hold {timeline.num_frames} frames",
+                stacklevel=2,
+            )
         assert job.queue.noise and job.guidance_scale is not None
         task = make_task(
             self.model.dit,

@@ -14,7 +14,7 @@ import json
 import sqlite3
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from safetensors import safe_open
 from safetensors.torch import load, save
@@ -40,6 +40,17 @@ class JobInUse(ValueError):
     """Another process holds the job folder."""
 
 
+def hold(folder: Path) -> IO[str]:
+    """A job folder's lock, held until the file is closed. JobInUse when another process holds it."""
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise JobInUse(f"{folder}: in use by another vidgen process; wait for it or stop it") from error
+    return lock
+
+
 class Journal:
     """An open job folder; one process at a time. Use as a context manager."""
 
@@ -51,12 +62,7 @@ class Journal:
             raise ValueError(f"{folder}: no job here (no job.yaml); give the folder of a vidgen job")
         for room in (folder, folder / "latents", folder / "state"):
             room.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise JobInUse(f"{folder}: in use by another vidgen process; wait for it or stop it") from error
+        self._lock = hold(folder)
         if create is not None:
             write_atomically(job_file, dump_job(create).encode())
         self.job = parse_job(read_yaml(job_file), str(job_file))

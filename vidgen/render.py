@@ -16,7 +16,7 @@ from vidgen import __version__
 from vidgen.config import JobConfig
 from vidgen.denoise.loop import FinishedBlock, run_tick
 from vidgen.engine import Engine, Plan
-from vidgen.journal import Journal
+from vidgen.journal import Journal, hold
 from vidgen.limits import disk_bytes, free_disk_bytes, readable
 from vidgen.media.blocks import WrittenBlock
 from vidgen.media.segments import replacing
@@ -51,15 +51,18 @@ def render(
 ) -> Rendered:
     """Render a new job. ValueError in one line, and nothing on disk, for one that cannot be done.
 
-    `folder` is the job's; by default it stands beside the output. `report` is called after every tick;
-    `should_stop` is asked then, and when true the job is left resumable and Interrupted raised.
+    `folder` is the job's; by default it stands beside the output. `report` is called at the start and after
+    every tick; `should_stop` is asked after a tick, and when true the job is left resumable and Interrupted
+    raised.
     """
     folder = folder or config.output.path.with_suffix(".job")
     engine = Engine.from_pretrained(config.model)
     plan = engine.plan(config)
     _check_places(plan, folder, overwrite)
     if overwrite and (folder / "job.yaml").exists():
-        shutil.rmtree(folder)
+        with hold(folder):
+            shutil.rmtree(folder)
+    made = [_first_missing(path) for path in (folder, plan.job.output.path)]
     try:
         journal = Journal(folder, create=plan.job)
     except OSError as error:
@@ -71,7 +74,9 @@ def render(
         try:
             sink, _ = _open(engine, plan, journal)
         except (ValueError, OSError):
-            shutil.rmtree(folder)  # nothing was made yet
+            for path in made:
+                if path is not None:
+                    shutil.rmtree(path, ignore_errors=True)  # nothing was made in them yet
             raise
         return _run(engine, plan, journal, sink, 0, report, should_stop)
 
@@ -106,6 +111,22 @@ def _run(
     started, first_frame_s = time.monotonic(), None
     state = journal.load_state()
     first_tick = state.next_tick
+
+    def progress() -> Progress:
+        assert job.num_frames
+        return Progress(
+            ticks_done=state.next_tick,
+            num_ticks=timetable.num_ticks,
+            blocks_done=num_committed,
+            num_blocks=timetable.num_blocks,
+            frames_done=min(num_committed * timetable.block_frames * plan.strides[0], job.num_frames),
+            num_frames=job.num_frames,
+            seconds=time.monotonic() - started,
+            ticks_this_run=state.next_tick - first_tick,
+            first_frame_s=first_frame_s,
+        )
+
+    report(progress())
     while state.next_tick < timetable.num_ticks:
         for finished in run_tick(plan.task, state):
             if finished.block.index >= num_committed:
@@ -115,19 +136,7 @@ def _run(
         stop = should_stop()
         if stop or state.next_tick % job.state_every == 0:
             journal.save_state(state)
-        report(
-            Progress(
-                ticks_done=state.next_tick,
-                num_ticks=timetable.num_ticks,
-                blocks_done=num_committed,
-                num_blocks=timetable.num_blocks,
-                frames_done=sum(record.num_frames for record in journal.written()),
-                num_frames=job.num_frames,
-                seconds=time.monotonic() - started,
-                ticks_this_run=state.next_tick - first_tick,
-                first_frame_s=first_frame_s,
-            )
-        )
+        report(progress())
         if stop and state.next_tick < timetable.num_ticks:
             raise Interrupted(str(journal.folder))
     output = sink.finish()
@@ -217,20 +226,21 @@ def _make_sheet(engine: Engine, plan: Plan, journal: Journal) -> Path | None:
 def _check_places(plan: Plan, folder: Path, overwrite: bool) -> None:
     """ValueError unless everything the job writes can be written and nothing is lost by it."""
     job, output = plan.job, plan.job.output
-    _check_writable("job", folder)
-    for name, path in (
-        ("output", output.path),
-        ("save_latents", output.save_latents),
-        ("sheet", output.sheet_path),
-    ):
+    outputs = {"output": output.path, "save_latents": output.save_latents, "sheet": output.sheet_path}
+    taken: dict[Path, str] = {}
+    for name, path in outputs.items():
         if path is None:
             continue
+        if path.absolute() in taken:
+            raise ValueError(f"{name}={path}: is also the {taken[path.absolute()]}; give it another name")
+        taken[path.absolute()] = name
         _check_writable(name, path)
         if not path.exists() or overwrite:
             continue
         if path.is_file() or any(path.iterdir()):
             raise ValueError(f"{name}={path}: exists; give another name or --overwrite")
-    if folder.exists() and not overwrite:
+    _check_writable("job", folder)
+    if (folder / "job.yaml").exists() and not overwrite:
         raise ValueError(
             f"job={folder}: exists; `vidgen resume {folder}` goes on with it, --overwrite starts anew"
         )
@@ -244,6 +254,16 @@ def _check_places(plan: Plan, folder: Path, overwrite: bool) -> None:
             f"{job.num_frames} frames need about {readable(needed)} of disk, {readable(free)} are free at "
             f"{folder.absolute().parent}; free some or choose another --job and --output"
         )
+
+
+def _first_missing(path: Path) -> Path | None:
+    """The topmost folder that making this path would make; None when it is there."""
+    missing = None
+    for place in (path.absolute(), *path.absolute().parents):
+        if place.exists():
+            break
+        missing = place
+    return missing
 
 
 def _check_writable(name: str, path: Path) -> None:

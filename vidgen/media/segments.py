@@ -28,6 +28,7 @@ FRAGMENT_OPTIONS = {
 BT709 = 1  # matrix, primaries and transfer share this number in H.264
 LIMITED_RANGE = 1
 BOX_HEADER_BYTES = 8
+MAX_SIDE = 16384  # of x264
 ENDLESS_GOP = 1_000_000  # constant, not the segment's length: the SPS must not depend on it
 
 
@@ -45,6 +46,8 @@ class SegmentEncoder:
             if size < 2 or size % 2:
                 below = max(2, size - size % 2)
                 raise ValueError(f"{name}={size}: H.264 4:2:0 needs it even; try {below} or {below + 2}")
+            if size > MAX_SIDE:
+                raise ValueError(f"{name}={size}: H.264 allows {MAX_SIDE} at most; take less, or PNG files")
         if fps <= 0:
             raise ValueError(f"fps={fps}: need a positive rate; try 16")
         self.width = width

@@ -37,7 +37,7 @@ class VideoSource:
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: no such video file")
         if backend == "auto":
-            backend = "decord" if find_spec("decord") else "av"
+            backend = "decord" if find_spec("decord") and _decord_can_read(self.path) else "av"
         readers = {"decord": _DecordReader, "av": _AvReader}
         if backend not in readers:
             raise ValueError(f"backend={backend!r}: choose auto, decord or av")
@@ -76,6 +76,15 @@ class VideoSource:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _decord_can_read(path: Path) -> bool:
+    """False for files that only PyAV reads, such as some narrow ones."""
+    try:
+        _DecordReader(path).close()
+    except ValueError:
+        return False
+    return True
 
 
 class _DecordReader:

@@ -34,7 +34,13 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a safetensors file ({error}); give a vidgen checkpoint") from error
     if SETTINGS_KEY not in metadata:
         raise ValueError(f"{path}: a safetensors file without vidgen settings; give a vidgen checkpoint")
-    return json.loads(metadata[SETTINGS_KEY])
+    try:
+        settings = json.loads(metadata[SETTINGS_KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: its vidgen settings are no JSON; give another checkpoint") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: its vidgen settings are no mapping; give another checkpoint")
+    return settings
 
 
 def load_part(path: Path, part: str, module: nn.Module) -> None:

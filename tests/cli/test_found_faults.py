@@ -1,7 +1,4 @@
-"""Laws of the command line that the engine does not keep yet: each test fails as soon as it does.
-
-Then its mark goes, and the test into the file of its kind.
-"""
+"""Faults found once by using the command line; none may come back."""
 
 import fcntl
 from collections.abc import Callable
@@ -18,29 +15,20 @@ RED = "a red circle"
 QUICK = ("--num-frames", 17, "--num-inference-steps", 2, "--no-sheet")
 
 
-def broken(reason: str) -> pytest.MarkDecorator:
-    """A law that the engine does not keep yet; the test fails as soon as it does."""
-    return pytest.mark.xfail(reason=reason, strict=True)
-
-
-@broken("render: only the job's own folder is removed, not the parents it made")
 def test_a_refused_output_leaves_no_parent_folders(run: Run, refused: Refused):
     refused("render", RED, "-o", "new/folder/x.avi")
 
 
-@broken("render._check_places: does not know of the contact sheet")
 def test_a_picture_where_the_sheet_would_go_is_not_overwritten(run: Run, refused: Refused):
     Path("out.png").write_text("precious")
     assert "out.png" in refused("render", RED, "--num-frames", 17, "--infer-steps", 2)
 
 
-@broken("render._check_places: two outputs at one place")
 def test_latents_and_video_need_names_of_their_own(run: Run, refused: Refused):
     argv = ("render", RED, *QUICK, "-o", "x.mp4", "--save-latents", "x.mp4")
     assert "x.mp4" in refused(*argv)
 
 
-@broken("render: rmtree comes before the lock")
 def test_overwrite_spares_a_job_in_use(run: Run, refused: Refused):
     assert run("render", RED, *QUICK).code == 0
     with Path("out.job/lock").open("w") as lock:
@@ -48,7 +36,6 @@ def test_overwrite_spares_a_job_in_use(run: Run, refused: Refused):
         assert "in use" in refused("render", RED, *QUICK, "--overwrite")
 
 
-@broken("builtin.load_small: settings that are no JSON, or no mapping")
 @pytest.mark.parametrize("settings", ["{", "[]"])
 def test_a_checkpoint_with_broken_settings_is_refused(
     settings: str, run: Run, refused: Refused, tmp_path: Path
@@ -57,19 +44,16 @@ def test_a_checkpoint_with_broken_settings_is_refused(
     assert "m.safetensors" in refused("render", RED, "--model", "m.safetensors")
 
 
-@broken("segments.SegmentEncoder: the encoder's own message, which names no allowed size")
 def test_a_picture_too_large_for_h264_is_refused_in_words(refused: Refused):
     line = refused("render", RED, "--num-frames", 1, "--size", "264x264", "--upscale", 64)
     assert "16896" in line and "avcodec_open2" not in line
 
 
-@broken("render._check_places: an empty folder is refused, and cannot be resumed either")
 def test_an_empty_folder_can_become_the_job(run: Run):
     Path("j").mkdir()
     assert run("render", RED, *QUICK, "--job", "j").code == 0
 
 
-@broken("media.source: decord refuses widths like 8, 16, 24, 48, 72")
 def test_a_narrow_video_gets_its_sheet(run: Run):
     argv = ("--width", 16, "--num-frames", 5, "--infer-steps", 2)
     assert run("render", RED, *argv).code == 0 and Path("out.png").exists()
