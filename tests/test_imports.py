@@ -60,6 +60,7 @@ ROOMS: dict[str, Room] = {
     "vidgen.parallel": Room(engine=(*MATH, "vidgen.codec", "vidgen.denoise")),
     "vidgen.render": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.engine": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
+    "vidgen.doctor": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.bench": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.serve": Room(engine=("vidgen",), but_not=("vidgen.train",)),
     "vidgen.cli": Room(engine=("vidgen",)),
@@ -254,7 +255,7 @@ def test_kernels_and_parallel_are_linked_into_vidgen():
         ("vidgen.types", "from vidgen import denoise"),
         ("vidgen.render", "from vidgen import cli"),
         ("vidgen.render", "import vidgen.cli_plan"),
-        ("tools.bench", "from vidgen.cli import main"),
+        ("vidgen.bench.machine", "from vidgen.cli import main"),
     ],
 )
 def test_a_forbidden_import_is_found(module: str, text: str):
