@@ -46,12 +46,14 @@ ROOMS: dict[str, Room] = {
     "vidgen.denoise": Room(engine=MATH),
     "vidgen.denoise.noise": Room(engine=("vidgen.types",), outside=BARE, alone=True),
     "vidgen.denoise.timetable": Room(engine=("vidgen.types",), outside=frozenset(), alone=True),
-    # world: what the built-in model's videos may show, which adherence is measured against
+    "vidgen.world": Room(outside=BARE, alone=True),
     "vidgen.measure": Room(
-        engine=(*MATH, "vidgen.codec", "vidgen.builtin", "vidgen.denoise", "vidgen.train.world")
+        engine=(*MATH, "vidgen.codec", "vidgen.builtin", "vidgen.denoise", "vidgen.world"), outside=BARE
     ),
     "vidgen.train": Room(
-        engine=(*PARTS, "vidgen.builtin", "vidgen.denoise", "vidgen.measure"), outside=BARE, alone=True
+        engine=(*PARTS, "vidgen.builtin", "vidgen.denoise", "vidgen.measure", "vidgen.world"),
+        outside=BARE,
+        alone=True,
     ),
     "vidgen.media": Room(engine=("vidgen.types",)),
     "vidgen.config": Room(engine=("vidgen.types", "vidgen.conditioning", "vidgen.denoise.timetable")),

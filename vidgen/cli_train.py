@@ -49,7 +49,7 @@ def read_train_config(path: Path, instead: dict[str, Any]) -> "TrainConfig":
 
     from vidgen.config import read_yaml
     from vidgen.train.trainer import TrainConfig
-    from vidgen.train.world import WORLDS
+    from vidgen.world import WORLDS
 
     values = read_yaml(path)
     if not isinstance(values, dict):

@@ -20,7 +20,7 @@ from vidgen.journal import Journal, hold
 from vidgen.limits import disk_bytes, free_disk_bytes, readable
 from vidgen.media.blocks import WrittenBlock
 from vidgen.media.segments import replacing
-from vidgen.media.sheet import save_sheet_of
+from vidgen.media.sheet import save_sheet
 from vidgen.media.sink import Sink, open_sink, upscale
 from vidgen.types import Progress
 
@@ -220,7 +220,7 @@ def _make_sheet(engine: Engine, plan: Plan, journal: Journal) -> Path | None:
         engine.frames(FinishedBlock(plan.task.timetable.block(r.block), journal.load_latents(r.block)), plan)
         for r in journal.written()
     )
-    return save_sheet_of(blocks, job.num_frames, target, labels=labels)
+    return save_sheet(blocks, job.num_frames, target, labels=labels)
 
 
 def _check_places(plan: Plan, folder: Path, overwrite: bool) -> None:

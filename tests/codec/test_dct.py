@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vidgen.codec.dct import DctCodec, DctConfig, dct_matrix
-from vidgen.train.world import WORLDS, render_clips
+from vidgen.world import WORLDS, render_clips
 
 
 def world_clips(

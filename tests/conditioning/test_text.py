@@ -5,7 +5,7 @@ import torch
 
 from vidgen.conditioning.text import FILLER, PADDING, SYNONYMS, Vocabulary, WordEncoder, WordEncoderConfig
 from vidgen.train.trainer import CONTENT_WORDS
-from vidgen.train.world import WORLDS, parse_caption
+from vidgen.world import WORLDS, parse_caption
 
 WORDS = Vocabulary(CONTENT_WORDS)
 MAX_WORDS = 16

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from vidgen.codec.dct import DctCodec, DctConfig
 from vidgen.measure.adherence import FACTORS, adherence, drift, judge, measure_clip, windows
-from vidgen.train.world import (
+from vidgen.world import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,

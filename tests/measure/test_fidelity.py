@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vidgen.measure.fidelity import boundary_jump, flicker, psnr, ssim
-from vidgen.train.world import Scene, render_clips
+from vidgen.world import Scene, render_clips
 
 SCENE = Scene(colour="red", shape="square", motion="left", background="striped")
 

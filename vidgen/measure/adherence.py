@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vidgen.measure.motion import FRAMES_NEEDED, NONE, PATH_TOLERANCE, fit_motion
-from vidgen.train.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Scene, background_pixels, coverage
+from vidgen.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Scene, background_pixels, coverage
 
 # F frames, K backgrounds, Y X pixels; positions are (x, y) in frame sides, colours in [-1, 1]
 

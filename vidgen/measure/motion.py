@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidgen.train.world import SPEED_RANGE, VELOCITIES
+from vidgen.world import SPEED_RANGE, VELOCITIES
 
 # F frames, V frames in which the object is visible; positions are (x, y) in frame sides
 

@@ -8,8 +8,8 @@ from typing import Any
 from vidgen.builtin import SmallModel
 from vidgen.measure.adherence import FACTORS, Verdict, judge
 from vidgen.measure.generate import generate
-from vidgen.train.world import WORLDS, Scene
 from vidgen.types import Recommended
+from vidgen.world import WORLDS, Scene
 
 CLIP_FRAMES = 16
 

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vidgen.media.segments import replacing
-from vidgen.media.source import VideoSource
 
 MIN_TILE_WIDTH_PX = 128
 GAP_PX = 6
@@ -37,22 +36,6 @@ def contact_sheet(
 
 
 def save_sheet(
-    video: Path,
-    target: Path,
-    *,
-    num_columns: int = 8,
-    num_tiles: int = 32,
-    labels: Sequence[str] | None = None,
-) -> Path:
-    """The contact sheet of a video file as PNG at `target`; decodes only the frames it shows."""
-    with VideoSource(video) as source:
-        indices = _even_indices(source.num_frames, num_tiles)
-        texts = _labels_at(indices, labels, source.num_frames)
-        sheet = _compose(source.frames(indices), indices, num_columns, texts)
-    return _save(sheet, target)
-
-
-def save_sheet_of(
     blocks: Iterable[NDArray[np.uint8]],
     num_frames: int,
     target: Path,
@@ -68,10 +51,6 @@ def save_sheet_of(
         shown += [block[i - first] for i in indices if first <= i < first + len(block)]
         first += len(block)
     sheet = _compose(np.stack(shown), indices, num_columns, _labels_at(indices, labels, num_frames))
-    return _save(sheet, target)
-
-
-def _save(sheet: Image.Image, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         sheet.save(temporary, "PNG")

@@ -22,7 +22,8 @@ from vidgen.conditioning.text import WordEncoder, WordEncoderConfig
 from vidgen.measure.report import measure_adherence
 from vidgen.model.dit import DiT, DiTConfig
 from vidgen.train.levels import draw_levels
-from vidgen.train.world import (
+from vidgen.types import Recommended
+from vidgen.world import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
@@ -32,7 +33,6 @@ from vidgen.train.world import (
     draw_caption,
     render_clips,
 )
-from vidgen.types import Recommended
 
 CONTENT_WORDS = (*COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS, *PATTERNS)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vidgen.train.world import (
+from vidgen.world import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
@@ -150,7 +150,7 @@ def test_nothing_is_lost_over_the_borders(shape, motion):
 
 @pytest.mark.parametrize("motion", [name for name in VELOCITIES if name != "still"])
 def test_a_whole_number_of_pixels_later_the_frame_is_rolled(motion, monkeypatch):
-    monkeypatch.setattr("vidgen.train.world.SPEED_RANGE", (1 / 32, 1 / 32))
+    monkeypatch.setattr("vidgen.world.SPEED_RANGE", (1 / 32, 1 / 32))
     clip = render(red_circle(motion))
     dx, dy = (int(v) for v in VELOCITIES[motion])
     rolled = torch.roll(clip[:, :-1], (dy, dx), (2, 3))
