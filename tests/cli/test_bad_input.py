@@ -231,7 +231,7 @@ def test_a_checkpoint_that_lacks_a_part_is_no_model(refused: Refused, tmp_path: 
 
 
 def test_a_full_disk_is_found_before_the_start(run: Run, refused: Refused, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vidgen.render.free_disk_bytes", lambda folder: 100)
+    monkeypatch.setattr("vidgen.places.free_disk_bytes", lambda folder: 100)
     line = refused("render", RED)
     assert "65 frames" in line and "100 B are free" in line
 

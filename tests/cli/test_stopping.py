@@ -109,7 +109,7 @@ def test_the_second_signal_ends_it_at_once(tmp_path: Path):
 def test_a_disk_that_fills_up_costs_nothing_that_is_finished(
     uninterrupted: np.ndarray, run: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    commit, calls = rendering._commit, []
+    commit, calls = rendering._Run._commit, []
 
     def commit_twice(*parts: Any) -> None:
         calls.append(parts)
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_is_finished(
             raise OSError(errno.ENOSPC, "No space left on device", "out.job/latents")
         commit(*parts)
 
-    monkeypatch.setattr(rendering, "_commit", commit_twice)
+    monkeypatch.setattr(rendering._Run, "_commit", commit_twice)
     ran = run("render", RED, "--num-frames", 129, "--infer-steps", 4)
     assert ran.code == 3
     assert len(ran.err.splitlines()) == 1 and ran.err.startswith("vidgen: error: ")
