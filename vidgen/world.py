@@ -77,6 +77,11 @@ class World:
     backgrounds: tuple[str, ...]
     held_out_share: float = 0.2
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words that mean something here: all that a model of this world can know."""
+        return (*COLOURS, *SHAPES, *self.motions, *self.backgrounds)
+
     def scenes(self) -> list[Scene]:
         """Every scene, in a fixed order."""
         return [

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from vidgen.conditioning.text import FILLER, PADDING, SYNONYMS, Vocabulary, WordEncoder, WordEncoderConfig
-from vidgen.train.trainer import CONTENT_WORDS
 from vidgen.world import WORLDS, parse_caption
 
+CONTENT_WORDS = WORLDS["full"].words
 WORDS = Vocabulary(CONTENT_WORDS)
 MAX_WORDS = 16
 

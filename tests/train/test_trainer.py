@@ -61,6 +61,16 @@ def test_the_log_has_loss_and_adherence_and_the_model_says_how_it_was_made(tmp_p
     assert model.training["step"] == 2 and model.training["config"]["world"] == "small"
 
 
+def test_a_run_may_start_from_a_checkpoint_of_its_sizes(tmp_path: Path) -> None:
+    first = train(TrainConfig(**SMALL, num_steps=2), tmp_path / "first", lambda row: None)
+    given = str(tmp_path / "first" / "model.safetensors")
+    second = Trainer(TrainConfig(**SMALL, num_steps=2, start_from=given), tmp_path / "second")
+    for name, tensor in first.average.dit.state_dict().items():
+        assert torch.allclose(tensor, second.model.dit.state_dict()[name], atol=1e-3), name
+    with pytest.raises(ValueError, match="start_from=.*other sizes"):
+        Trainer(TrainConfig(**{**SMALL, "width": 32}, num_steps=2, start_from=given), tmp_path / "third")
+
+
 def test_held_out_scenes_are_never_drawn(tmp_path: Path) -> None:
     trainer = Trainer(TrainConfig(**SMALL, num_steps=1), tmp_path)
     held_out = WORLDS["small"].split()[1]

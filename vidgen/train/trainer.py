@@ -16,25 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.builtin import SmallModel
+from vidgen.builtin import SmallModel, load_small
 from vidgen.codec.dct import DctCodec, DctConfig
 from vidgen.conditioning.text import WordEncoder, WordEncoderConfig
 from vidgen.measure.report import measure_adherence
 from vidgen.model.dit import DiT, DiTConfig
 from vidgen.train.levels import draw_levels
 from vidgen.types import Recommended
-from vidgen.world import (
-    BACKGROUNDS,
-    COLOURS,
-    MOTIONS,
-    PATTERNS,
-    SHAPES,
-    WORLDS,
-    draw_caption,
-    render_clips,
-)
-
-CONTENT_WORDS = (*COLOURS, *SHAPES, *MOTIONS, *BACKGROUNDS, *PATTERNS)
+from vidgen.world import WORLDS, draw_caption, render_clips
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +33,7 @@ class TrainConfig:
     world: str = "small"
     size: int = 32
     seed: int = 0
+    start_from: str | None = None  # a checkpoint of the same sizes whose weights to begin with
     num_steps: int = 16000
     decay_share: float = 0.35  # of the steps, at the end, over which the learning rate falls to zero
     tokens_per_step: int = 1024
@@ -92,10 +82,23 @@ def build_model(config: TrainConfig) -> SmallModel:
         )
     )
     dit.variance.copy_(codec.variance)
-    text = WordEncoder(WordEncoderConfig(content_words=CONTENT_WORDS, width=config.width))
+    text = WordEncoder(WordEncoderConfig(content_words=WORLDS[config.world].words, width=config.width))
     return SmallModel(
         dit=dit, codec=codec, text=text, recommended=Recommended(height=config.size, width=config.size)
     )
+
+
+def _start(config: TrainConfig) -> SmallModel:
+    """A fresh model, or the one to start from. ValueError when that has other sizes or words."""
+    model = build_model(config)
+    if config.start_from is None:
+        return model
+    given = load_small(Path(config.start_from))
+    for name, part in model.parts().items():
+        if part.config != given.parts()[name].config:  # type: ignore[union-attr]
+            raise ValueError(f"start_from={config.start_from}: its {name} has other sizes than this run")
+        part.load_state_dict(given.parts()[name].state_dict())
+    return model
 
 
 class Trainer:
@@ -104,7 +107,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.device = torch.device(config.device)
-        self.model, self.average = build_model(config), build_model(config)
+        self.model, self.average = _start(config), _start(config)
         for part in (*self.model.parts().values(), *self.average.parts().values()):
             part.to(self.device)
         for part in self.average.parts().values():
