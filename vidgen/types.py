@@ -36,7 +36,7 @@ class Recommended:
     fps: int = 16
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
-    shift: float = 2.0
+    shift: float = 4.0
     block_frames: int = 4  # latent frames
     context_frames: int = 2  # latent frames per side
     context_mode: ContextMode = ContextMode.RECOMPUTE
