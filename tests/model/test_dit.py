@@ -214,3 +214,17 @@ def test_a_width_that_is_no_even_multiple_of_the_heads_is_an_error(width: int, n
 def test_latents_that_are_no_multiple_of_the_patch_are_an_error(shape: tuple[int, int], dit: Any, draw: Any):
     with pytest.raises(ValueError, match="multiple"):
         dit()(draw(1, 3, 2, *shape), torch.full((1, 2), 0.5), draw(1, 5, 7))
+
+
+@pytest.mark.parametrize(
+    ("config", "billions"),
+    [
+        (DiTConfig(), 1.42),
+        (DiTConfig(width=5120, num_layers=40, num_heads=40, ffn_width=13824), 14.29),
+    ],
+    ids=["1.3B", "14B"],
+)
+def test_at_wans_sizes_it_has_wans_number_of_parameters(config: DiTConfig, billions: float):
+    with torch.device("meta"):
+        model = DiT(config)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == billions
