@@ -34,7 +34,7 @@ class TrainConfig:
     size: int = 32
     seed: int = 0
     start_from: str | None = None  # a checkpoint of the same sizes whose weights to begin with
-    num_steps: int = 16000
+    num_steps: int = 18500
     decay_share: float = 0.35  # of the steps, at the end, over which the learning rate falls to zero
     tokens_per_step: int = 1024
     latent_frames: tuple[int, ...] = (4, 8)
@@ -44,13 +44,13 @@ class TrainConfig:
     num_heads: int = 4
     codec_channels: int = 128
     rope_theta: float = 100.0
-    matrix_rate: float = 0.01  # Muon's learning rate
+    matrix_rate: float = 0.02  # Muon's learning rate
     other_rate: float = 2e-3  # AdamW's
     text_rate: float = 5e-4  # AdamW's for the text path, whose GELU dies at a higher one
     warmup_steps: int = 200
     average_decay: float = 0.999
     caption_dropout: float = 0.1
-    level_shift: float = 2.0
+    level_shift: float = 6.0
     pixel_weight: float = 0.0  # 0: all latent channels alike, 2: by their share of the pixels' energy
     compile: bool = True
     device: str = "cpu"
