@@ -97,7 +97,7 @@ class Journal:
 
     def load_latents(self, block: int) -> Tensor:
         """Clean latents [1, C, F, Y, X] of a finished block."""
-        return load(self._latents_file(block).read_bytes())["latents"]
+        return _aligned(self._latents_file(block).read_bytes())["latents"]
 
     def commit(self, record: WrittenBlock, latents_sha256: str) -> None:
         """The row that makes a block finished."""
@@ -168,10 +168,18 @@ def _flatten_kv(prefix: str, branches: BranchKeyValues) -> dict[str, Tensor]:
     }
 
 
+def _aligned(data: bytes) -> dict[str, Tensor]:
+    """Tensors of a safetensors file in memory of torch's own.
+
+    In the file's buffer they lie at any address, and the last bits of a product may depend on that.
+    """
+    return {name: tensor.clone() for name, tensor in load(data).items()}
+
+
 def _unflatten(path: Path) -> LoopState:
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["state"])
-    tensors = load(path.read_bytes())
+    tensors = _aligned(path.read_bytes())
     state = LoopState(next_tick=header["next_tick"])
     for index, steps_done in header["steps_done"].items():
         history = tuple(tensors[f"history/{index}/{i}"] for i in range(header["history"][index]))
