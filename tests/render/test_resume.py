@@ -72,6 +72,9 @@ def test_stopped_after_every_tick_the_job_resumes_to_the_same_file(tmp_path: Pat
         except Interrupted:
             stops += 1
     assert stops >= 2
+    for part in ("latents", "segments"):  # where they part first says what to look at
+        for whole in sorted((tmp_path / "whole.job" / part).iterdir()):
+            assert (folder / part / whole.name).read_bytes() == whole.read_bytes(), whole.name
     assert np.array_equal(frames(tmp_path / "cut.mp4"), frames(tmp_path / "whole.mp4"))
 
 
