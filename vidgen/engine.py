@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vidgen.builtin import BUILTIN_PATH, SmallModel, load_small
-from vidgen.conditioning.prompts import Timeline, block_texts
+from vidgen.conditioning.prompts import BlockTexts, Timeline
 from vidgen.config import JobConfig, parse_job, resolve
 from vidgen.denoise.loop import FinishedBlock, Task, denoise
 from vidgen.denoise.task import make_task
@@ -95,7 +95,7 @@ class Engine:
         task = make_task(
             self.model.dit,
             timetable,
-            block_texts(timeline, job.negative_prompt, self.encode),
+            BlockTexts(timeline, job.negative_prompt, self.encode),
             latent_rows=job.height // codec.spatial_stride,
             latent_columns=job.width // codec.spatial_stride,
             seed=job.seed,

@@ -21,7 +21,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vidgen.config import JobConfig, dump_job, parse_job, read_yaml
-from vidgen.denoise.loop import BlockState, BranchKeyValues, LoopState
+from vidgen.denoise.lending import BranchKeyValues
+from vidgen.denoise.loop import BlockState, LoopState
 from vidgen.media.blocks import WrittenBlock
 from vidgen.media.segments import write_atomically
 from vidgen.model.context import KeyValue
@@ -147,14 +148,14 @@ def _flatten(state: LoopState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for index, block in state.blocks.items():
         tensors[f"block/{index}"] = block.latents_BCFYX
         tensors |= {f"history/{index}/{i}": value for i, value in enumerate(block.history)}
-    for index, (_, kv) in state.kv_for_later.items():
+    for index, (_, kv) in state.lent.for_later.items():
         tensors |= _flatten_kv(f"later/{index}", kv)
-    tensors |= _flatten_kv("anchor", state.anchor)
+    tensors |= _flatten_kv("anchor", state.lent.anchor)
     header = {
         "next_tick": state.next_tick,
         "steps_done": {index: block.steps_done for index, block in state.blocks.items()},
         "history": {index: len(block.history) for index, block in state.blocks.items()},
-        "later": {index: step for index, (step, _) in state.kv_for_later.items()},
+        "later": {index: step for index, (step, _) in state.lent.for_later.items()},
     }
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, header
 
@@ -185,8 +186,8 @@ def _unflatten(path: Path) -> LoopState:
         history = tuple(tensors[f"history/{index}/{i}"] for i in range(header["history"][index]))
         state.blocks[int(index)] = BlockState(tensors[f"block/{index}"], steps_done, history)
     for index, step in header["later"].items():
-        state.kv_for_later[int(index)] = step, _unflatten_kv(tensors, f"later/{index}")
-    state.anchor = _unflatten_kv(tensors, "anchor")
+        state.lent.for_later[int(index)] = step, _unflatten_kv(tensors, f"later/{index}")
+    state.lent.anchor = _unflatten_kv(tensors, "anchor")
     return state
 
 

@@ -11,6 +11,13 @@ class ContextMode(StrEnum):
     CACHE = "cache"  # their keys and values are kept from the tick before
 
 
+class GuidanceMode(StrEnum):
+    """How the branches of classifier-free guidance are run."""
+
+    SPLIT = "split"  # one after the other: two small items, which fill a pipeline better
+    STACKED = "stacked"  # as one batch
+
+
 class NoiseKind(StrEnum):
     """Where a block's noise comes from."""
 

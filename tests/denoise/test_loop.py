@@ -129,11 +129,11 @@ def test_state_holds_at_most_one_block_more_than_are_live(timetable: Timetable, 
         run_tick(made, state)
         bound = len(timetable.live(tick)) + 1
         assert len(state.blocks) <= bound
-        assert len(state.kv_for_later) <= bound
-        assert set(state.kv_for_later) <= set(state.blocks) == set(timetable.kept_after(tick))
+        assert len(state.lent.for_later) <= bound
+        assert set(state.lent.for_later) <= set(state.blocks) == set(timetable.kept_after(tick))
         for index, block in state.blocks.items():
             assert block.steps_done == min(timetable.num_steps, tick + 1 - timetable.admission_tick(index))
-    assert not state.blocks and not state.kv_for_later
+    assert not state.blocks and not state.lent.for_later
 
 
 @queues
@@ -164,9 +164,11 @@ class Recorder:
     def __init__(self, model: Any) -> None:
         self.model, self.levels = model, []
 
-    def forward_and_lend(self, latents: Tensor, levels: Tensor, text: Tensor, context: Context) -> Any:
+    def forward_and_lend(
+        self, latents: Tensor, levels: Tensor, text: Tensor, context: Context, **options: Any
+    ) -> Any:
         self.levels.append(levels[0].tolist())
-        return self.model.forward_and_lend(latents, levels, text, context)
+        return self.model.forward_and_lend(latents, levels, text, context, **options)
 
 
 @queues

@@ -126,7 +126,9 @@ class Meddler:
     def __init__(self, model: DiT, how: str, num_context: int, levels: list[float]) -> None:
         self.model, self.how, self.num_context, self.levels = model, how, num_context, levels
 
-    def forward_and_lend(self, latents: Tensor, levels: Tensor, text: Tensor, context: Context) -> Any:
+    def forward_and_lend(
+        self, latents: Tensor, levels: Tensor, text: Tensor, context: Context, **options: Any
+    ) -> Any:
         recomputed = bool((levels[0, 0] != levels[0, -1]).item())
         if self.how == "context at the block's own level" and recomputed:
             levels = levels[:, -1:].expand_as(levels)
@@ -143,7 +145,7 @@ class Meddler:
             context = replace(context, before=())
         if self.how == "after comes first":
             context = Context(before=context.after, after=context.before)
-        return self.model.forward_and_lend(latents, levels, text, context)
+        return self.model.forward_and_lend(latents, levels, text, context, **options)
 
 
 @pytest.mark.parametrize(

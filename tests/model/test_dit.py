@@ -1,5 +1,6 @@
 """Laws of the DiT: what may change its output, and what may not."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -54,12 +55,17 @@ def test_embed_layers_project_is_forward_bit_for_bit(settings: Any, dit: Any, dr
     latents, levels, text = inputs(draw)
     context = Context(before=lent_by(model, draw, 2), after=lent_by(model, draw, 1))
     velocity, lent = model.forward_and_lend(latents, levels, text, context)
-    x, c = model.embed(latents, levels, text, context)
+    x, shared = model.embed(latents, levels, text)
+    grid, part = model.token_grid(latents.shape), copy.copy(model)
+    part._modules = dict(model._modules)
     for index, layer in enumerate(model.layers):
-        x, own = layer(x, c.noise_BF6D, c.text_BND, c.positions, *context.layer(index))
-        assert torch.equal(own.key_BFSHD, lent[index].key_BFSHD)
-        assert torch.equal(own.value_BFSHD, lent[index].value_BFSHD)
-    assert torch.equal(model.project(x, c, latents, levels), velocity)
+        part.layers = torch.nn.ModuleList([layer])
+        own_context = Context(before=(context.before[index],), after=(context.after[index],))
+        x, own = part.run_layers(x, shared, grid, own_context)
+        assert torch.equal(own[0].key_BFSHD, lent[index].key_BFSHD)
+        assert torch.equal(own[0].value_BFSHD, lent[index].value_BFSHD)
+    out = model.project(x, shared.noise_BFD, grid)
+    assert torch.equal(model.velocity(out, latents, levels), velocity)
     assert torch.equal(model(latents, levels, text, context), velocity)
 
 

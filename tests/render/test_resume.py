@@ -19,8 +19,11 @@ QUEUES = {
     "recompute": {"block_frames": 2, "context_frames": 1},
     "cache": {"block_frames": 2, "context_frames": 2, "context_mode": "cache"},
     "cache-anchor-stride": {
-        "block_frames": 2, "context_frames": 1, "context_mode": "cache",
-        "anchor_frames": 2, "stride": 2,
+        "block_frames": 2,
+        "context_frames": 1,
+        "context_mode": "cache",
+        "anchor_frames": 2,
+        "stride": 2,
     },
     "full": {"timetable": "full"},
 }

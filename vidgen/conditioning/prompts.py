@@ -66,22 +66,17 @@ class Timeline:
         return Blend(self.segments[current - 1].prompt, new, (since + 1) / (self.transition_blocks + 1))
 
 
-def block_texts(
-    timeline: Timeline, negative_prompt: str, encode: Callable[[str], Tensor]
-) -> Callable[[Block], tuple[Tensor, Tensor]]:
-    """For a block, (text, negative text), each [1, N, T]; every prompt is encoded once."""
-    encoded: dict[str, Tensor] = {}
+class BlockTexts:
+    """For a block, (text, negative text), each [1, N, T]. Plain data inside, so another rank can have it."""
 
-    def text_of(prompt: str) -> Tensor:
-        if prompt not in encoded:
-            encoded[prompt] = encode(prompt)
-        return encoded[prompt]
+    def __init__(self, timeline: Timeline, negative_prompt: str, encode: Callable[[str], Tensor]) -> None:
+        self.timeline, self.negative_prompt = timeline, negative_prompt
+        prompts = dict.fromkeys([*(segment.prompt for segment in timeline.segments), negative_prompt])
+        self.encoded = {prompt: encode(prompt) for prompt in prompts}
 
-    def texts(block: Block) -> tuple[Tensor, Tensor]:
-        blend = timeline.blend(block.index)
-        text = text_of(blend.new)
+    def __call__(self, block: Block) -> tuple[Tensor, Tensor]:
+        blend = self.timeline.blend(block.index)
+        text = self.encoded[blend.new]
         if blend.weight < 1:
-            text = text_of(blend.old).lerp(text, blend.weight)
-        return text, text_of(negative_prompt)
-
-    return texts
+            text = self.encoded[blend.old].lerp(text, blend.weight)
+        return text, self.encoded[self.negative_prompt]

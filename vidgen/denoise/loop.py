@@ -2,7 +2,7 @@
 
 A tick runs its forwards newest block first. What a forward reads is named by the timetable and is the same
 whatever ran where: latents as they stood at the end of the tick before, keys and values of later blocks from
-this tick. Branches of guidance are forwards of their own, so that a rank may run one of them alone.
+this tick. Branches of guidance are runs of the model of their own, or one batch where the task says so.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from vidgen.denoise.guidance import combine, num_branches
+from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.solver import History, Solver
-from vidgen.denoise.timetable import Forward, Lender, Read, Timetable
-from vidgen.model.context import Context, LayerKeyValues, concatenate
+from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.model.dit import DiT
-from vidgen.types import Block
+from vidgen.types import Block, GuidanceMode
 
-# B batch (1), C latent channels, F latent frames, Y X latent rows and columns
-
-BranchKeyValues = tuple[LayerKeyValues, ...]  # one per guidance branch
+# B batch, C latent channels, F latent frames, Y X latent rows and columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,7 @@ class Task:
     guidance_scale: float
     noise: Callable[[Block], Tensor]  # [1, C, F, Y, X] of a block
     texts: Callable[[Block], tuple[Tensor, ...]]  # text [1, N, T] of a block, one per branch
+    guidance_mode: GuidanceMode = GuidanceMode.SPLIT
 
     def __post_init__(self) -> None:
         if len(self.noise_levels) != self.timetable.num_steps + 1:
@@ -41,6 +40,25 @@ class Task:
                 f"{len(self.noise_levels)} noise levels for {self.timetable.num_steps} steps: need one more "
                 "level than steps"
             )
+
+    @property
+    def num_branches(self) -> int:
+        """Branches of guidance that every step needs."""
+        return num_branches(self.guidance_scale)
+
+    @property
+    def runs_per_forward(self) -> int:
+        """How often the model runs for one step of one block."""
+        return 1 if self.guidance_mode == GuidanceMode.STACKED else self.num_branches
+
+    def run_texts(self, block: Block) -> tuple[Tensor, ...]:
+        """Text [B, N, T] of each run of the model: a branch each, or all of them in one batch."""
+        texts = self.texts(block)[: self.num_branches]
+        if len(texts) < self.num_branches:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale}: needs a text and a negative text, got one"
+            )
+        return texts if self.runs_per_forward == len(texts) else (torch.cat(texts),)
 
 
 @dataclass
@@ -58,8 +76,7 @@ class LoopState:
 
     next_tick: int = 0
     blocks: dict[int, BlockState] = field(default_factory=dict)
-    kv_for_later: dict[int, tuple[int, BranchKeyValues]] = field(default_factory=dict)  # block -> (step, K,V)
-    anchor: BranchKeyValues = ()
+    lent: Lent = field(default_factory=Lent)
 
 
 @dataclass(frozen=True)
@@ -70,34 +87,35 @@ class FinishedBlock:
     latents_BCFYX: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a forward runs on: the recomputed context, then the block's own frames."""
+
+    latents_BCFYX: Tensor  # B is 1
+    noise_level_BF: Tensor
+    frames_before: int
+
+    def repeated(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Latents and noise levels, once per branch in the batch."""
+        return self.latents_BCFYX.repeat(batch, 1, 1, 1, 1), self.noise_level_BF.repeat(batch, 1)
+
+
 @torch.inference_mode()
 def run_tick(task: Task, state: LoopState) -> list[FinishedBlock]:
     """Advance the state by one tick; the blocks that it finished, oldest first."""
     timetable, tick = task.timetable, state.next_tick
     stepped: dict[int, BlockState] = {}
-    for_later: dict[int, tuple[int, BranchKeyValues]] = {}
-    for_earlier: dict[tuple[int, int], BranchKeyValues] = {}  # (block, step) -> K,V of its first frames
-    anchor: BranchKeyValues = ()
+    lending = Lending(state.lent)
     for forward in timetable.forwards(tick):
         block = timetable.block(forward.block)
         own = state.blocks.get(block.index) or BlockState(task.noise(block), 0)
-        velocity, lent = run_forward(task, state, forward, own, for_earlier)
-        latents, history = task.solver.step(own.latents_BCFYX, velocity, forward.step, own.history)
-        stepped[block.index] = BlockState(latents, forward.step + 1, history)
-        for_earlier = {}  # the block before this one is next, and nobody else reads them
-        if Lender.EARLIER_BLOCK in lent:
-            for_earlier[block.index, forward.step] = lent[Lender.EARLIER_BLOCK]
-        if Lender.LATER_BLOCK in lent:
-            for_later[block.index] = forward.step, lent[Lender.LATER_BLOCK]
-        anchor = lent.get(Lender.ALL, anchor)
-
-    state.blocks |= stepped
-    state.kv_for_later |= for_later
-    state.anchor = state.anchor or anchor
-    state.next_tick = tick + 1
+        lending.begin(forward)
+        velocity = run_forward(task, state.blocks, forward, own, lending)
+        stepped[block.index] = take_step(task, forward, own, velocity)
     kept = timetable.kept_after(tick)
-    state.blocks = {index: block for index, block in state.blocks.items() if index in kept}
-    state.kv_for_later = {index: kv for index, kv in state.kv_for_later.items() if index in kept}
+    lending.end_tick(kept)
+    state.blocks = {index: block for index, block in (state.blocks | stepped).items() if index in kept}
+    state.next_tick = tick + 1
     return [
         FinishedBlock(timetable.block(index), stepped[index].latents_BCFYX)
         for index in sorted(stepped)
@@ -106,70 +124,39 @@ def run_tick(task: Task, state: LoopState) -> list[FinishedBlock]:
 
 
 def run_forward(
-    task: Task,
-    state: LoopState,
-    forward: Forward,
-    own: BlockState,
-    for_earlier: dict[tuple[int, int], BranchKeyValues],
-) -> tuple[Tensor, dict[Lender, BranchKeyValues]]:
-    """(guided velocity of the block's own frames, keys and values it lends)."""
-    assert own.steps_done == forward.step
-    latents, levels, frames_before = _window(task, state, forward, own)
-    branches = num_branches(task.guidance_scale)
-    texts = task.texts(task.timetable.block(forward.block))[:branches]
-    if len(texts) < branches:
-        raise ValueError(f"guidance_scale={task.guidance_scale}: needs a text and a negative text, got one")
-    velocities, lent = [], []
-    for branch, text in enumerate(texts):
+    task: Task, blocks: dict[int, BlockState], forward: Forward, own: BlockState, lending: Lending
+) -> Tensor:
+    """Guided velocity of the block's own frames; what the forward lends is kept."""
+    window = make_window(task, blocks, forward, own)
+    velocities: list[Tensor] = []
+    for run, text in enumerate(task.run_texts(task.timetable.block(forward.block))):
         velocity, own_kv = task.model.forward_and_lend(
-            latents, levels, text, _context(state, forward, branch, for_earlier)
+            *window.repeated(text.shape[0]), text, lending.context(run), first_frame=window.frames_before
         )
-        velocities.append(velocity[:, :, frames_before:])
-        lent.append(own_kv)
-    lends = {
-        lend.to: tuple(
-            tuple(kv.frames(frames_before + lend.start, frames_before + lend.stop) for kv in layers)
-            for layers in lent
-        )
-        for lend in forward.lends
-    }
-    return combine(velocities, task.guidance_scale), lends
+        lending.keep(own_kv, window.frames_before)
+        velocities.extend(velocity.split(1))
+    return combine(velocities, task.guidance_scale)
 
 
-def _window(task: Task, state: LoopState, forward: Forward, own: BlockState) -> tuple[Tensor, Tensor, int]:
-    """(latents of the recomputed context and the block, their noise levels [1, F], context frames)."""
+def make_window(task: Task, blocks: dict[int, BlockState], forward: Forward, own: BlockState) -> Window:
+    """What a forward runs on; each part in the version that the timetable names."""
+    assert own.steps_done == forward.step
     latents = own.latents_BCFYX
     levels = [task.noise_levels[forward.step]] * latents.shape[2]
     read = forward.before_latents
     if read is not None:
-        before = state.blocks[read.block]
+        before = blocks[read.block]
         assert before.steps_done == read.step, "a read names the version at the end of the last tick"
         latents = torch.cat([before.latents_BCFYX[:, :, read.start : read.stop], latents], dim=2)
         levels = [task.noise_levels[read.step]] * read.num_frames + levels
     frames_before = read.num_frames if read is not None else 0
-    return latents, torch.tensor([levels], dtype=torch.float32, device=latents.device), frames_before
+    return Window(latents, torch.tensor([levels], dtype=torch.float32, device=latents.device), frames_before)
 
 
-def _context(
-    state: LoopState,
-    forward: Forward,
-    branch: int,
-    for_earlier: dict[tuple[int, int], BranchKeyValues],
-) -> Context:
-    """Keys and values around the window: anchor and cached frames before it, the next block's after it."""
-    anchor = state.anchor[branch] if forward.anchor_kv is not None else ()
-    return Context(
-        before=concatenate(anchor, _cached(state, forward.before_kv, branch)),
-        after=for_earlier[forward.after_kv.block, forward.after_kv.step][branch] if forward.after_kv else (),
-    )
-
-
-def _cached(state: LoopState, read: Read | None, branch: int) -> LayerKeyValues:
-    if read is None:
-        return ()
-    step, kv = state.kv_for_later[read.block]
-    assert step == read.step, "a read names the version at the end of the last tick"
-    return kv[branch]
+def take_step(task: Task, forward: Forward, own: BlockState, velocity_BCFYX: Tensor) -> BlockState:
+    """The block after this step."""
+    latents, history = task.solver.step(own.latents_BCFYX, velocity_BCFYX, forward.step, own.history)
+    return BlockState(latents, forward.step + 1, history)
 
 
 def denoise(task: Task, state: LoopState | None = None) -> Iterator[FinishedBlock]:

@@ -9,7 +9,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from vidgen.types import NoiseKind
+from vidgen.types import Block, NoiseKind
 
 # C latent channels, F latent frames, Y X latent rows and columns
 
@@ -30,6 +30,10 @@ class NoiseSource:
         self.block_frames, self.context_frames = block_frames, context_frames
         self.frame_shape = frame_shape
         self._orders: list[list[int]] = []  # per block: which pool frames the window before + own holds
+
+    def __call__(self, block: Block) -> Tensor:
+        """[1, C, F, Y, X] of a block."""
+        return self.block(block.index, block.num_frames)
 
     def block(self, index: int, num_frames: int | None = None) -> Tensor:
         """[1, C, F, Y, X]: the first `num_frames` (default all) noise frames of a block."""

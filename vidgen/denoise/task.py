@@ -10,7 +10,7 @@ from vidgen.denoise.schedule import noise_levels
 from vidgen.denoise.solver import Euler
 from vidgen.denoise.timetable import Timetable
 from vidgen.model.dit import DiT
-from vidgen.types import Block, NoiseKind
+from vidgen.types import Block, GuidanceMode, NoiseKind
 
 
 def make_task(
@@ -24,6 +24,7 @@ def make_task(
     shift: float,
     guidance_scale: float,
     noise: NoiseKind,
+    guidance_mode: GuidanceMode = GuidanceMode.SPLIT,
 ) -> Task:
     """The task of denoising one video with Euler steps. ValueError for a shift that is not positive."""
     levels = noise_levels(timetable.num_steps, shift)
@@ -40,6 +41,7 @@ def make_task(
         noise_levels=levels,
         solver=Euler(levels),
         guidance_scale=guidance_scale,
-        noise=lambda block: source.block(block.index, block.num_frames),
+        noise=source,
+        guidance_mode=guidance_mode,
         texts=texts,
     )

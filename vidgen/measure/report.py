@@ -32,9 +32,7 @@ def measure_adherence(
     started = time.process_time()
     verdicts = []
     for index, scene in enumerate(scenes):
-        clip = generate(
-            model, scene.caption(), num_frames=CLIP_FRAMES, seed=seed + index, settings=settings
-        )
+        clip = generate(model, scene.caption(), num_frames=CLIP_FRAMES, seed=seed + index, settings=settings)
         verdicts.append(judge(clip, scene))
     seconds = time.process_time() - started
     return {

@@ -2,10 +2,12 @@
 
 Wan 2.1's architecture (arXiv 2503.20314) with two options that small models need: a 3x3 convolution at input
 and output, and an output that is a correction to the best linear guess. It never asks for a rank or a file.
-A forward is `embed`, then `layers` one by one, then `project`: a pipeline stage runs a slice of them.
+A forward is `embed`, `run_layers`, `project`, `velocity`: a pipeline stage holds some of the layers and does
+its part of these.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +48,14 @@ class DiTConfig:
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What every layer of one forward sees beside the tokens; made by `embed`."""
+    """What every layer of one forward sees beside the tokens; made by `embed`, it travels with them."""
 
     noise_BFD: Tensor
     noise_BF6D: Tensor
     text_BND: Tensor
-    positions: Positions
+
+
+Grid = tuple[int, int, int]  # frames, rows, columns of tokens
 
 
 class TextProjection(nn.Module):
@@ -84,8 +88,7 @@ class DiT(nn.Module):
             Block(width, config.num_heads, config.ffn_width, config.eps) for _ in range(config.num_layers)
         )
         self.head_modulation = nn.Parameter(torch.randn(2, width) / math.sqrt(width))
-        out_channels = 2 * patch_channels if config.linear_skip else patch_channels  # correction, gain
-        self.patch_out = nn.Conv2d(width, out_channels, kernel, padding=kernel // 2)
+        self.patch_out = nn.Conv2d(width, self.out_channels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.patch_out.weight)
         nn.init.zeros_(self.patch_out.bias)  # type: ignore[arg-type]
         if config.linear_skip:
@@ -98,47 +101,71 @@ class DiT(nn.Module):
         return self.forward_and_lend(latents_BCFYX, noise_level_BF, text_BNT, context)[0]
 
     def forward_and_lend(
-        self, latents_BCFYX: Tensor, noise_level_BF: Tensor, text_BNT: Tensor, context: Context | None = None
+        self,
+        latents_BCFYX: Tensor,
+        noise_level_BF: Tensor,
+        text_BNT: Tensor,
+        context: Context | None = None,
+        first_frame: int = 0,
     ) -> tuple[Tensor, LayerKeyValues]:
-        """(velocity, every layer's own keys and values, to lend to neighbouring blocks)."""
-        context = context or Context()
-        x_BFSD, conditioning = self.embed(latents_BCFYX, noise_level_BF, text_BNT, context)
-        lent = []
-        for index, layer in enumerate(self.layers):
-            x_BFSD, own = layer(
-                x_BFSD,
-                conditioning.noise_BF6D,
-                conditioning.text_BND,
-                conditioning.positions,
-                *context.layer(index),
-            )
-            lent.append(own)
-        return self.project(x_BFSD, conditioning, latents_BCFYX, noise_level_BF), tuple(lent)
+        """(velocity of the frames from `first_frame` on, every layer's own keys and values of all frames)."""
+        x_BFSD, conditioning = self.embed(latents_BCFYX, noise_level_BF, text_BNT)
+        grid = self.token_grid(latents_BCFYX.shape)
+        x_BFSD, lent = self.run_layers(x_BFSD, conditioning, grid, context or Context())
+        out = self.project(x_BFSD[:, first_frame:], conditioning.noise_BFD[:, first_frame:], grid)
+        return self.velocity(out, latents_BCFYX[:, :, first_frame:], noise_level_BF[:, first_frame:]), lent
+
+    def token_grid(self, latents_shape: Sequence[int]) -> Grid:
+        """(frames, rows, columns) of tokens of latents [B, C, F, Y, X]. ValueError if patches do not fit."""
+        frames, rows, columns = latents_shape[2:]
+        p, q = self.config.patch
+        if rows % p or columns % q:
+            raise ValueError(f"latents of {(rows, columns)}: need multiples of {(p, q)}")
+        return frames, rows // p, columns // q
 
     def embed(
-        self, latents_BCFYX: Tensor, noise_level_BF: Tensor, text_BNT: Tensor, context: Context
+        self, latents_BCFYX: Tensor, noise_level_BF: Tensor, text_BNT: Tensor
     ) -> tuple[Tensor, Conditioning]:
         """(tokens [B, F, S, D], what all layers of this forward share)."""
-        batch, _, frames, rows, columns = latents_BCFYX.shape
+        self.token_grid(latents_BCFYX.shape)
+        batch, _, frames, _, _ = latents_BCFYX.shape
         patched = self._fold(latents_BCFYX)  # [B*F, C*p*q, Y/p, X/q]
-        grid = (frames, patched.shape[2], patched.shape[3])
         x_BFSD = self.patch_in(patched).flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
         noise_BFD = self.noise_level(noise_level_BF)
         noise_BF6D = self.noise_modulation(silu(noise_BFD)).unflatten(-1, (6, -1))
-        positions = self._positions(grid, context, latents_BCFYX.device)
-        return x_BFSD, Conditioning(noise_BFD, noise_BF6D, self.text_in(text_BNT), positions)
+        # contiguous: a stage that got these tokens as a message has them so, and sums depend on strides
+        return x_BFSD.contiguous(), Conditioning(noise_BFD, noise_BF6D, self.text_in(text_BNT))
 
-    def project(
-        self, x_BFSD: Tensor, conditioning: Conditioning, latents_BCFYX: Tensor, noise_level_BF: Tensor
-    ) -> Tensor:
-        """Velocity [B, C, F, Y, X] from the last layer's tokens."""
-        shift, scale = (self.head_modulation + conditioning.noise_BFD.unsqueeze(2)).unsqueeze(3).unbind(2)
+    def run_layers(
+        self, x_BFSD: Tensor, conditioning: Conditioning, grid: Grid, context: Context
+    ) -> tuple[Tensor, LayerKeyValues]:
+        """(tokens [B, F, S, D] after the layers at hand, each layer's own keys and values)."""
+        positions = self._positions(grid, context, x_BFSD.device)
+        lent = []
+        for index, layer in enumerate(self.layers):
+            x_BFSD, own = layer(
+                x_BFSD, conditioning.noise_BF6D, conditioning.text_BND, positions, *context.layer(index)
+            )
+            lent.append(own)
+        return x_BFSD, tuple(lent)
+
+    def project(self, x_BFSD: Tensor, noise_BFD: Tensor, grid: Grid) -> Tensor:
+        """What `velocity` needs of the last layer's tokens, [B*F, channels, rows, columns]."""
+        shift, scale = (self.head_modulation + noise_BFD.unsqueeze(2)).unsqueeze(3).unbind(2)
         x_BFSD = normalise(x_BFSD, self.config.eps) * (1 + scale) + shift
-        rows = latents_BCFYX.shape[3] // self.config.patch[0]
-        out = self.patch_out(x_BFSD.flatten(0, 1).transpose(1, 2).unflatten(2, (rows, -1)))
+        return self.patch_out(x_BFSD.flatten(0, 1).transpose(1, 2).unflatten(2, grid[1:]))
+
+    def velocity(self, out: Tensor, latents_BCFYX: Tensor, noise_level_BF: Tensor) -> Tensor:
+        """Velocity [B, C, F, Y, X] of the latents that `out` is the projection of."""
         return self._add_linear_estimate(self._unfold(out, latents_BCFYX), latents_BCFYX, noise_level_BF)
 
-    def _positions(self, grid: tuple[int, int, int], context: Context, device: torch.device) -> Positions:
+    @property
+    def out_channels(self) -> int:
+        """Channels that `project` gives per token."""
+        patch_channels = self.config.latent_channels * self.config.patch[0] * self.config.patch[1]
+        return 2 * patch_channels if self.config.linear_skip else patch_channels  # correction, gain
+
+    def _positions(self, grid: Grid, context: Context, device: torch.device) -> Positions:
         frames, rows, columns = grid
         first, key_frames = context.frames_before, context.frames_before + frames + context.frames_after
         head_width = self.config.width // self.config.num_heads
@@ -154,8 +181,6 @@ class DiT(nn.Module):
     def _fold(self, latents_BCFYX: Tensor) -> Tensor:
         """[B*F, C*p*q, Y/p, X/q]: patches become channels."""
         p, q = self.config.patch
-        if latents_BCFYX.shape[3] % p or latents_BCFYX.shape[4] % q:
-            raise ValueError(f"latents of {tuple(latents_BCFYX.shape[3:])}: need multiples of {(p, q)}")
         frames_first = latents_BCFYX.transpose(1, 2).flatten(0, 1)
         patches = frames_first.unflatten(3, (-1, q)).unflatten(2, (-1, p))  # [BF, C, Y/p, p, X/q, q]
         return patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)

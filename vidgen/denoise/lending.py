@@ -1,0 +1,117 @@
+"""Keys and values that forwards lend to one another: within a tick, to the next tick, and to all that follow.
+
+The layers are those at hand: all of them in one process, a stage's own on a rank. None of this is ever sent.
+"""
+
+from dataclasses import dataclass, field
+
+from vidgen.denoise.timetable import Forward, Lender, Read
+from vidgen.model.context import Context, LayerKeyValues, concatenate
+
+BranchKeyValues = tuple[LayerKeyValues, ...]  # one per guidance branch
+
+
+@dataclass
+class Lent:
+    """What outlives a tick, and travels in checkpoints."""
+
+    for_later: dict[int, tuple[int, BranchKeyValues]] = field(default_factory=dict)  # block -> (step, K,V)
+    anchor: BranchKeyValues = ()
+
+    def copy(self) -> "Lent":
+        """The same tensors in a record of their own, for a checkpoint while the loop goes on."""
+        return Lent(dict(self.for_later), self.anchor)
+
+    def layers(self, layers: range) -> "Lent":
+        """The part of some layers."""
+        part = slice(layers.start, layers.stop)
+        return Lent(
+            {block: (step, _each(kv, part)) for block, (step, kv) in self.for_later.items()},
+            _each(self.anchor, part),
+        )
+
+
+def join_layers(parts: list[Lent]) -> Lent:
+    """The whole of what stages hold, given in the order of their layers."""
+    first = parts[0]
+    later = {
+        block: (step, tuple(sum(layers, ()) for layers in _zip([p.for_later[block][1] for p in parts])))
+        for block, (step, _) in first.for_later.items()
+    }
+    return Lent(later, tuple(sum(layers, ()) for layers in _zip([p.anchor for p in parts])))
+
+
+def _each(branches: BranchKeyValues, part: slice) -> BranchKeyValues:
+    return tuple(layers[part] for layers in branches)
+
+
+def _zip(stages: list[BranchKeyValues]) -> list[tuple[LayerKeyValues, ...]]:
+    """Per branch, every stage's layers."""
+    return list(zip(*stages, strict=True))
+
+
+class Lending:
+    """Follows the forwards of one tick after another and hands each what earlier ones lent.
+
+    Every read is checked against the version that the timetable names.
+    """
+
+    def __init__(self, lent: Lent) -> None:
+        self.lent = lent
+        self._forward: Forward | None = None
+        self._kept: dict[Lender, list[LayerKeyValues]] = {}
+        self._from_next_block: tuple[Read | None, BranchKeyValues] = (None, ())
+        self._this_tick: dict[int, tuple[int, BranchKeyValues]] = {}
+        self._new_anchor: BranchKeyValues = ()
+
+    def begin(self, forward: Forward) -> None:
+        """This forward is next."""
+        self._close()
+        self._forward = forward
+        self._kept = {lend.to: [] for lend in forward.lends}
+
+    def context(self, branch: int) -> Context:
+        """Keys and values around a window: anchor and cached frames before it, the next block's after it."""
+        forward = self._forward
+        assert forward is not None
+        anchor = self.lent.anchor[branch] if forward.anchor_kv is not None else ()
+        before = after = ()
+        if forward.before_kv is not None:
+            step, kv = self.lent.for_later[forward.before_kv.block]
+            assert step == forward.before_kv.step, "a read names the version at the end of the last tick"
+            before = kv[branch]
+        if forward.after_kv is not None:
+            source, kv = self._from_next_block
+            assert source == forward.after_kv, "a read names the version of this very tick"
+            after = kv[branch]
+        return Context(before=concatenate(anchor, before), after=after)
+
+    def keep(self, own: LayerKeyValues, frames_before: int) -> None:
+        """Copy what the forward lends of its keys and values; call once per branch, in order."""
+        assert self._forward is not None
+        for lend in self._forward.lends:
+            frames = frames_before + lend.start, frames_before + lend.stop
+            self._kept[lend.to].append(tuple(kv.frames(*frames) for kv in own))
+
+    def end_tick(self, kept: range) -> None:
+        """What later ticks may read becomes visible; blocks outside `kept` are forgotten."""
+        self._close()
+        self._from_next_block = (None, ())  # nobody reads it in another tick
+        for_later = self.lent.for_later | self._this_tick
+        self.lent.for_later = {block: kv for block, kv in for_later.items() if block in kept}
+        self.lent.anchor = self.lent.anchor or self._new_anchor
+        self._this_tick = {}
+
+    def _close(self) -> None:
+        forward, self._forward = self._forward, None
+        if forward is None:
+            return
+        kept = {to: tuple(branches) for to, branches in self._kept.items()}
+        self._from_next_block = (None, ())
+        for lend in forward.lends:
+            if lend.to == Lender.EARLIER_BLOCK:
+                source = Read(forward.block, forward.step, lend.start, lend.stop)
+                self._from_next_block = source, kept[lend.to]
+        if Lender.LATER_BLOCK in kept:
+            self._this_tick[forward.block] = forward.step, kept[Lender.LATER_BLOCK]
+        self._new_anchor = kept.get(Lender.ALL, self._new_anchor)
