@@ -56,3 +56,28 @@ def load_part(path: Path, part: str, module: nn.Module) -> None:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{path}: part {part!r} does not fit its settings: {error}") from error
+
+
+@torch.no_grad()
+def read_tensors(path: Path, into: dict[str, Tensor]) -> int:
+    """Fill tensors, each in its own dtype, from the keys of a file and read nothing else; bytes read.
+
+    ValueError in one line that names the keys that are missing or of another shape.
+    """
+    wrong: list[str] = []
+    num_bytes = 0
+    with safe_open(path, "pt") as file:
+        known = set(file.keys())
+        for key, target in into.items():
+            if key not in known:
+                wrong.append(f"{key} is missing")
+                continue
+            source = file.get_tensor(key)
+            if source.shape != target.shape:
+                wrong.append(f"{key} is {tuple(source.shape)}, need {tuple(target.shape)}")
+                continue
+            target.copy_(source)
+            num_bytes += source.numel() * source.element_size()
+    if wrong:
+        raise ValueError(f"{path}: does not fit its settings: {'; '.join(wrong[:5])}")
+    return num_bytes

@@ -1,0 +1,224 @@
+"""The first stage: it holds the blocks, starts every item and takes the solver's steps.
+
+It runs ahead: an item starts as soon as the versions it reads are back, not when the tick before has ended.
+That changes nothing in what is computed, since every read names its version.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vidgen.denoise.guidance import combine
+from vidgen.denoise.lending import Lent
+from vidgen.denoise.loop import BlockState, FinishedBlock, LoopState, Task, Window, make_window, take_step
+from vidgen.denoise.timetable import Forward
+from vidgen.parallel.pipeline import Links, Shapes, StageRun
+from vidgen.parallel.topology import Stage
+from vidgen.parallel.transport import Header, Kind
+
+LOOK_EVERY_S = 0.02
+
+
+class Watcher(Protocol):
+    """Whom the first stage answers to."""
+
+    def finished(self, block: FinishedBlock) -> None:
+        """A block is clean."""
+        ...
+
+    def ticked(self, ticks_done: int) -> None:
+        """All velocities of one more tick are back."""
+        ...
+
+    def save(self, state: LoopState) -> None:
+        """The state after a tick, with what this stage's layers have lent."""
+        ...
+
+    def may_begin(self) -> bool:
+        """Whether there is room for what the next tick finishes."""
+        ...
+
+    def should_stop(self) -> bool: ...
+
+
+@dataclass
+class InFlight:
+    """A forward that has started; its velocities come back one run after the other."""
+
+    tick: int
+    forward: Forward
+    own: BlockState
+    own_levels_BF: Tensor
+    batch: int
+    is_last_of_tick: bool
+    velocities: list[Tensor] = field(default_factory=list)
+
+
+class FirstStage(StageRun):
+    """See the module. `max_in_flight` items at most are on their way through the stages."""
+
+    def __init__(
+        self, stage: Stage, task: Task, shapes: Shapes, links: Links, *, state: LoopState | None = None,
+        max_in_flight: int | None = None, keepalive_s: float = 5.0, **options: Any,
+    ) -> None:  # fmt: skip
+        state = state or LoopState()
+        super().__init__(
+            stage,
+            task.model,
+            task.timetable,
+            shapes,
+            task.runs_per_forward,
+            links,
+            lent=state.lent,
+            **options,
+        )
+        self.task = task
+        self.blocks = dict(state.blocks)
+        self.next_tick = self.ticks_done = state.next_tick
+        self.max_in_flight = max_in_flight or default_in_flight(stage.num_stages)
+        self.keepalive_s = keepalive_s
+        self._in_flight: deque[tuple[InFlight, Header]] = deque()
+        self._came_back: dict[tuple[int, int], int] = {}  # (block, steps done) -> slot
+        self._freed_slot = 0
+        self._lent_after: dict[int, Lent] = {}
+
+    @torch.inference_mode()
+    def run(self, watcher: Watcher) -> int:
+        """Run all ticks that are left, or until asked to stop; the tick that was not run."""
+        while self.next_tick < self.timetable.num_ticks:
+            if not self._wait_for_leave(watcher):
+                return self._stop(watcher)
+            self._start_tick(watcher)
+        self._take_all(watcher)
+        self.links.outgoing.flush()
+        self.doing = "done"
+        return self.next_tick
+
+    def _start_tick(self, watcher: Watcher) -> None:
+        tick = self.next_tick
+        forwards = self.timetable.forwards(tick)
+        for forward in forwards:
+            slots = self._take_what_it_reads(forward, watcher)
+            own = self.blocks[forward.block]
+            window = make_window(self.task, self.blocks, forward, own)
+            levels = window.noise_level_BF[:, window.frames_before :]
+            texts = self.task.run_texts(self.timetable.block(forward.block))
+            started = InFlight(tick, forward, own, levels, self.shapes.batch, forward is forwards[-1])
+            self.lending.begin(forward)
+            for run, text in enumerate(texts):
+                while len(self._in_flight) >= self.max_in_flight:
+                    self._take_one(watcher)
+                item = Header(Kind.WORK, tick, forward.block, forward.step, run)
+                item = item._replace(slot=self.next_slot(self._freed_slot, *slots))
+                parts = self.work(item, partial(self._compute, item, window, text))
+                self.send(item, parts)
+                self._in_flight.append((started, item))
+        self.lending.end_tick(self.timetable.kept_after(tick))
+        if self.is_saved_after(tick):
+            self._lent_after[tick] = self.lending.lent.copy()
+        self.next_tick = tick + 1
+
+    def _compute(self, item: Header, window: Window, text: Tensor) -> tuple[Tensor, ...]:
+        tokens, shared = self.model.embed(*window.repeated(text.shape[0]), text)
+        tokens = self.run_layers(item, tokens, shared, window.frames_before)
+        return tokens, shared.noise_BFD, shared.noise_BF6D, shared.text_BND
+
+    def _take_what_it_reads(self, forward: Forward, watcher: Watcher) -> list[int]:
+        """Wait for the versions a forward reads; the slots in which they came back."""
+        reads = [(forward.block, forward.step)]
+        if forward.before_latents is not None:
+            reads.append((forward.before_latents.block, forward.before_latents.step))
+        if forward.step == 0 and forward.block not in self.blocks:
+            self.blocks[forward.block] = BlockState(self.task.noise(self.timetable.block(forward.block)), 0)
+        for block, steps_done in reads:
+            while self.blocks[block].steps_done < steps_done:
+                self._take_one(watcher)
+        return [self._came_back.get(read, 0) for read in reads]
+
+    def _take_one(self, watcher: Watcher) -> None:
+        """Receive the oldest item's result; with a forward's last one, take the solver's step."""
+        header, buffer = self.receive()
+        started, item = self._in_flight.popleft()
+        if not header.same_item(item):
+            raise AssertionError(f"rank {self.stage.index}: expected {item}, got {header}")
+        self._freed_slot = header.slot
+        own = started.own
+        shapes = self.shapes.result(own.latents_BCFYX.shape[2])
+        (out,) = self.links.incoming.layout.read(buffer, shapes)
+        started.velocities.extend(
+            self.model.velocity(
+                out,
+                own.latents_BCFYX.repeat(started.batch, 1, 1, 1, 1),
+                started.own_levels_BF.repeat(started.batch, 1),
+            ).split(1)
+        )
+        if len(started.velocities) < self.task.num_branches:
+            return
+        block, velocity = started.forward.block, combine(started.velocities, self.task.guidance_scale)
+        stepped = take_step(self.task, started.forward, own, velocity)
+        self.blocks[block] = stepped
+        self._came_back.pop((block, stepped.steps_done - 1), None)
+        self._came_back[block, stepped.steps_done] = header.slot
+        if stepped.steps_done == self.timetable.num_steps:
+            watcher.finished(FinishedBlock(self.timetable.block(block), stepped.latents_BCFYX))
+        if started.is_last_of_tick:
+            self._end_tick(started.tick, watcher)
+
+    def _end_tick(self, tick: int, watcher: Watcher) -> None:
+        """All of a tick is back: what the blocks are now is the state after it."""
+        kept = self.timetable.kept_after(tick)
+        for block in [block for block in self.blocks if block < kept.start]:
+            del self.blocks[block]
+            self._came_back.pop((block, self.timetable.num_steps), None)
+        self.ticks_done = tick + 1
+        if self.is_saved_after(tick):
+            watcher.save(self._state(kept, self._lent_after.pop(tick)))
+        watcher.ticked(self.ticks_done)
+
+    def _state(self, kept: range, lent: Lent) -> LoopState:
+        # a block of the next tick may be here already, as noise; the loop would not hold it yet
+        blocks = {index: block for index, block in self.blocks.items() if index in kept}
+        return LoopState(self.ticks_done, blocks, lent)
+
+    def _take_all(self, watcher: Watcher) -> None:
+        while self._in_flight:
+            self._take_one(watcher)
+
+    def _wait_for_leave(self, watcher: Watcher) -> bool:
+        """Whether the next tick may begin; False when asked to stop instead."""
+        if watcher.should_stop():
+            return False
+        if watcher.may_begin():
+            return True
+        self._take_all(watcher)
+        last = time.monotonic()
+        self.doing = "waiting for room"
+        while not watcher.may_begin():
+            if watcher.should_stop():
+                return False
+            time.sleep(LOOK_EVERY_S)
+            if time.monotonic() - last > self.keepalive_s:
+                self.links.outgoing.send(Header(Kind.IDLE))
+                last = time.monotonic()
+        return True
+
+    def _stop(self, watcher: Watcher) -> int:
+        """Finish what has started, tell the others, and leave a state."""
+        self._take_all(watcher)
+        self.send(Header(Kind.STOP, self.next_tick))
+        self.links.outgoing.flush()
+        if not (self.next_tick and self.is_saved_after(self.next_tick - 1)):
+            kept = self.timetable.kept_after(self.next_tick - 1) if self.next_tick else range(0)
+            watcher.save(self._state(kept, self.lending.lent.copy()))
+        self.doing = "done"
+        return self.next_tick
+
+
+def default_in_flight(num_stages: int) -> int:
+    """Enough to keep every stage busy with one item waiting; the link back has room for as many."""
+    return 2 * num_stages

@@ -1,0 +1,68 @@
+"""A stage's own part of the model, and nothing else: the only code that takes a model apart.
+
+The model is built on the meta device and stripped; only what is left is given memory and read from
+the checkpoint.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from vidgen.model.dit import DiT, DiTConfig
+from vidgen.model.loading import read_tensors
+from vidgen.parallel.topology import Stage
+
+# what only an end of the row needs, by the names of DiT
+FIRST_ONLY = ("patch_in", "text_in", "noise_level", "noise_modulation", "variance")
+LAST_ONLY = ("head_modulation", "patch_out")
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A stage's model and what it took."""
+
+    model: DiT
+    num_parameters: int
+    bytes_read: int
+
+
+def place(checkpoint: Path, part: str, config: DiTConfig, stage: Stage, device: torch.device) -> Placed:
+    """The stage's model in fp32 on the device, read from its part of a checkpoint.
+
+    ValueError when the checkpoint lacks one of its tensors or has it in another shape.
+    """
+    model = strip(config, stage).to_empty(device=device)
+    bytes_read = 0
+
+    def read(names: dict[str, Tensor]) -> None:
+        nonlocal bytes_read
+        bytes_read += read_tensors(checkpoint, {f"{part}.{name}": into for name, into in names.items()})
+
+    fill(model, stage, read)
+    return Placed(model, sum(p.numel() for p in model.parameters()), bytes_read)
+
+
+def strip(config: DiTConfig, stage: Stage) -> DiT:
+    """A model on the meta device that has the stage's layers, numbered from 0, and its ends."""
+    with torch.device("meta"):
+        model = DiT(config)
+    model.layers = nn.ModuleList(model.layers[index] for index in stage.layers)
+    absent = (*(() if stage.is_first else FIRST_ONLY), *(() if stage.is_last else LAST_ONLY))
+    for name in absent:
+        if hasattr(model, name):
+            delattr(model, name)
+    return model.eval().requires_grad_(False)
+
+
+def fill(model: DiT, stage: Stage, read: Callable[[dict[str, Tensor]], None]) -> None:
+    """Have `read` fill the stage's tensors, given by the names that they have in the whole model."""
+    read({whole_name(name, stage): tensor for name, tensor in model.state_dict().items()})
+
+
+def whole_name(name: str, stage: Stage) -> str:
+    """What a tensor of a stage is called in the whole model."""
+    return re.sub(r"^layers\.(\d+)\.", lambda found: f"layers.{int(found[1]) + stage.layers.start}.", name)
