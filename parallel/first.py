@@ -134,7 +134,7 @@ class FirstStage(StageRun):
         if forward.before_latents is not None:
             reads.append((forward.before_latents.block, forward.before_latents.step))
         if forward.step == 0 and forward.block not in self.blocks:
-            self.blocks[forward.block] = BlockState(self.task.noise(self.timetable.block(forward.block)), 0)
+            self.blocks[forward.block] = self.task.new_block(self.timetable.block(forward.block))
         for block, steps_done in reads:
             while self.blocks[block].steps_done < steps_done:
                 self._take_one(watcher)

@@ -69,6 +69,10 @@ class MessageLayout:
     def write(self, buffer: Tensor, header: Header, parts: Sequence[Tensor]) -> None:
         """Fill a buffer [num_bytes] of uint8."""
         buffer[:HEADER_BYTES].view(torch.int64)[: len(header)] = torch.tensor(header)
+        self.write_parts(buffer, parts)
+
+    def write_parts(self, buffer: Tensor, parts: Sequence[Tensor]) -> None:
+        """Fill all but the header."""
         for place, part in zip(self._places(buffer), parts, strict=True):
             place[: part.numel()].view(part.shape).copy_(part)
 

@@ -43,14 +43,19 @@ class SmallModel:
         save_parts(path, self.parts(), settings, dtype)
 
 
-def load_small(path: Path = BUILTIN_PATH) -> SmallModel:
-    """The model in a checkpoint of this family, in fp32 and eval mode. ValueError when it is another file."""
+def load_small(path: Path = BUILTIN_PATH, *, with_dit: bool = True) -> SmallModel:
+    """The model in a checkpoint of this family, in fp32 and eval mode. ValueError when it is another file.
+
+    Without its DiT, that lies on the meta device: it has sizes and no memory, see `load_dit`.
+    """
     settings = read_settings(path)
     if settings.get("family") != FAMILY:
         raise ValueError(f"{path}: family {settings.get('family')!r}, need {FAMILY!r}")
     try:
+        with torch.device("meta"):
+            dit = DiT(DiTConfig(**_with_tuples(settings["dit"])))
         model = SmallModel(
-            dit=DiT(DiTConfig(**_with_tuples(settings["dit"]))),
+            dit=dit,
             codec=DctCodec(DctConfig(**_with_tuples(settings["codec"]))),
             text=WordEncoder(WordEncoderConfig(**_with_tuples(settings["text"]))),
             recommended=_recommended(settings["recommended"]),
@@ -59,9 +64,17 @@ def load_small(path: Path = BUILTIN_PATH) -> SmallModel:
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: settings of another version of vidgen ({error}); train it anew") from error
     for name, module in model.parts().items():
-        load_part(path, name, module)
         module.eval().requires_grad_(False)
+        if name != "dit":
+            load_part(path, name, module)
+    if with_dit:
+        load_dit(path, model.dit)
     return model
+
+
+def load_dit(path: Path, dit: DiT, device: torch.device | str = "cpu") -> None:
+    """Give a DiT on the meta device memory on another one, and its weights."""
+    load_part(path, "dit", dit.to_empty(device=device))
 
 
 def _recommended(settings: dict[str, Any]) -> Recommended:

@@ -5,7 +5,7 @@ Flags are taken as text and checked by the same models as a file, so that both g
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +53,13 @@ FLAGS = (
         "queue.anchor_frames", "--anchor-frames", "N", "of the first block, which all later see (default: 0)"
     ),
     Flag("queue.noise", "--noise", "pool|independent", "where a block's noise comes from"),
+    Flag("queue.guidance", "--guidance", "split|stacked", "guidance branches one by one, or as a batch"),
     Flag("queue.transition_blocks", "--transition-blocks", "N", "over which prompts blend (default: 0)"),
+    Flag("parallel.ranks", "--ranks --num-gpus", "N|auto", "processes that share the layers (default: 1)"),
+    Flag("parallel.address", "--address", "HOST:PORT", "of a Ray cluster (default: RAY_ADDRESS, else none)"),
+    Flag("parallel.placement", "--placement", "pack|spread", "ranks on few nodes or on many"),
+    Flag("parallel.max_restarts", "--max-restarts", "N", "when ranks are lost (default: 3)"),
+    Flag("parallel.min_ranks", "--min-ranks", "N", "go on with fewer after a loss, down to this"),
     Flag(
         "output.path", "--output -o --save_file --save-path", "PATH", ".mp4, .gif, .webp, a folder for PNGs"
     ),
@@ -62,11 +68,34 @@ FLAGS = (
     Flag("output.save_latents", "--save-latents", "FILE", "keep the clean latents (.safetensors)"),
     Flag("output.sheet", "--sheet/--no-sheet", "", "write a contact sheet beside the output", bool),
 )
+PARALLEL = "parallel"
+PARALLEL_FLAGS = tuple(flag for flag in FLAGS if flag.field.startswith(f"{PARALLEL}."))
 SIZE = re.compile(r"(\d+)\s*[x*]\s*(\d+)", re.IGNORECASE)
 
 
-def takes_job_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+Command = Callable[..., Any]
+
+
+def takes_job_flags(command: Command) -> Command:
     """The command with every row of FLAGS as an option of its own, in place of its `**flags`."""
+    return _with_flags(command, FLAGS)
+
+
+def takes_parallel_flags(command: Command) -> Command:
+    """The command with the flags of the `parallel` section, in place of its `**flags`."""
+    return _with_flags(command, PARALLEL_FLAGS)
+
+
+def parallel_changes(flags: dict[str, Any]) -> dict[str, Any]:
+    """What such flags change in the `parallel` section."""
+    return {
+        flag.field.removeprefix(f"{PARALLEL}."): flags[flag.parameter]
+        for flag in PARALLEL_FLAGS
+        if flags[flag.parameter] is not None
+    }
+
+
+def _with_flags(command: Command, flags: Sequence[Flag]) -> Command:
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     added = [
         inspect.Parameter(
@@ -83,7 +112,7 @@ def takes_job_flags(command: Callable[..., Any]) -> Callable[..., Any]:
                 ),
             ],
         )
-        for flag in FLAGS
+        for flag in flags
     ]
     command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
     return command

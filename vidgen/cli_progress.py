@@ -50,6 +50,11 @@ class RenderView:
         """A line for people."""
         write_line("stderr" if self.as_json else "stdout", text)
 
+    def note(self, text: str) -> None:
+        """Something went wrong and was mended, or waits for somebody."""
+        self.event("note", message=text)
+        self.say(f"note    {text}")
+
     def started(self, job: "JobConfig", folder: Path, progress: Progress) -> None:
         """The facts of a resolved job that is running."""
         self.event(
@@ -94,6 +99,7 @@ class RenderView:
             seconds=round(rendered.seconds, 3),
             seconds_per_frame=seconds_per_frame,
             first_frame_s=rendered.first_frame_s,
+            evidence=rendered.evidence,
         )
         took = f"finished in {rendered.seconds:.1f} s"
         if seconds_per_frame is not None:
@@ -101,6 +107,8 @@ class RenderView:
         if rendered.first_frame_s is not None:
             took += f", first frame after {rendered.first_frame_s:.2f} s"
         self.say(took)
+        if rendered.evidence and rendered.evidence["attempts"]:
+            self.say(f"ranks   {_ranks(rendered.evidence)}")
         self.say(f"video   {rendered.output}")
         if rendered.sheet:
             self.say(f"sheet   {rendered.sheet}")
@@ -114,6 +122,15 @@ class RenderView:
         self._bar.update(
             self._task, completed=progress.ticks_done, description=_state(progress), refresh=True
         )
+
+
+def _ranks(evidence: dict[str, Any]) -> str:
+    last = evidence["attempts"][-1]
+    layers = " + ".join(str(count) for count in last["layers_per_rank"])
+    return (
+        f"{last['num_ranks']} with {layers} layers, {100 * last['utilisation']:.1f} % of the best possible "
+        f"pipelining, bubbles {100 * last['bubble_share']:.1f} %, restarts {evidence['restarts']}"
+    )
 
 
 def _facts(job: "JobConfig", folder: Path, progress: Progress) -> list[str]:

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vidgen.cli_exit import BAD_INPUT, INTERRUPTED, OK, PARTIAL_KEPT, Ended
-from vidgen.cli_flags import build_job, parse_size, takes_job_flags
+from vidgen.cli_flags import (
+    build_job,
+    parallel_changes,
+    parse_size,
+    takes_job_flags,
+    takes_parallel_flags,
+)
 from vidgen.cli_progress import RenderView
 from vidgen.types import Progress
 
@@ -23,7 +29,9 @@ if TYPE_CHECKING:
 # what a machine does to a good program; anything else is a fault of ours, and its trace is shown
 OUTSIDE_CAUSES = (ValueError, OSError, MemoryError, RuntimeError, sqlite3.Error)
 Report = Callable[[Progress], None]
+Note = Callable[[str], None]
 ShouldStop = Callable[[], bool]
+Run = Callable[[Report, Note, ShouldStop], "Rendered"]
 SHOW_CURSOR = b"\x1b[?25h"
 Json = Annotated[bool, typer.Option("--json", help="events on stdout, one JSON object per line")]
 
@@ -75,19 +83,25 @@ def render(
         raise ValueError(f"output={str(output)!r}: need the name of a file or folder, for example out.mp4")
     folder = job or output.with_suffix(".job")
 
-    def run(report: Report, should_stop: ShouldStop) -> "Rendered":
+    def run(report: Report, note: Note, should_stop: ShouldStop) -> "Rendered":
         from vidgen.render import render
 
-        return render(wanted, folder=folder, overwrite=overwrite, report=report, should_stop=should_stop)
+        return render(
+            wanted, folder=folder, overwrite=overwrite, report=report, note=note, should_stop=should_stop
+        )
 
     return _watch(folder, as_json, run)
 
 
+@takes_parallel_flags
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="JOB", help="The folder of a job.", show_default=False)],
+    *,
     as_json: Json = False,
+    **flags: Any,
 ) -> int:
-    """Go on with a render that was stopped, to the frames that it would have had."""
+    """Go on with a render that was stopped, to the frames that it would have had, on any number of ranks."""
+    changes = parallel_changes(flags)
     from vidgen.journal import Journal
 
     with Journal(folder) as journal:
@@ -99,15 +113,15 @@ def resume(
             view.say(f"already finished: {output}")
         return OK
 
-    def run(report: Report, should_stop: ShouldStop) -> "Rendered":
+    def run(report: Report, note: Note, should_stop: ShouldStop) -> "Rendered":
         from vidgen.render import resume
 
-        return resume(folder, report=report, should_stop=should_stop)
+        return resume(folder, parallel=changes, report=report, note=note, should_stop=should_stop)
 
     return _watch(folder, as_json, run)
 
 
-def _watch(folder: Path, as_json: bool, run: Callable[[Report, ShouldStop], "Rendered"]) -> int:
+def _watch(folder: Path, as_json: bool, run: Run) -> int:
     """Run a job, show it, and turn the ways in which it can end early into Ended."""
     # signals first: what is imported below takes seconds
     with RenderView(as_json) as view, _stop_signals() as should_stop:
@@ -122,7 +136,7 @@ def _watch(folder: Path, as_json: bool, run: Callable[[Report, ShouldStop], "Ren
                 view.started(parse_job(read_yaml(file), str(file)), folder, progress)
 
         try:
-            view.finished(run(report, should_stop))
+            view.finished(run(report, view.note, should_stop))
         except Interrupted as error:
             view.event("interrupted", folder=str(folder))
             raise Ended(INTERRUPTED, f"interrupted; {_how_to_resume(folder)}") from error

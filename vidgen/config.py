@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from vidgen.types import ContextMode, NoiseKind, Recommended, Segment
+from vidgen.types import ContextMode, GuidanceMode, NoiseKind, Recommended, Segment
 
 DEFAULT_NUM_FRAMES = 65
 MAX_COUNT = 10**15  # far past any machine; keeps estimates within what a float can hold
@@ -54,6 +54,8 @@ class QueueConfig(_Strict):
     anchor_frames: int = Field(default=0, ge=0)
     """Frames of the first block that all later blocks see, against drift."""
     noise: NoiseKind | None = None
+    guidance: GuidanceMode = GuidanceMode.SPLIT
+    """Branches of guidance one by one, which fills a pipeline better, or `stacked` as one batch."""
     transition_blocks: int = Field(default=0, ge=0)
     """Blocks over which one prompt turns into the next."""
 
@@ -80,6 +82,31 @@ class OutputConfig(_Strict):
         return self.path.with_name(name)
 
 
+class ParallelConfig(_Strict):
+    """Which ranks a render runs on. Nothing here changes a frame."""
+
+    ranks: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 1
+    """Processes that share the model's layers; `auto` takes what the cluster or this machine offers."""
+    layers_per_rank: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """The cut by hand; by default it is made from measured costs."""
+    address: Text | None = None
+    """HOST:PORT of a running Ray cluster; by default ranks are started on this machine."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Ranks on as few or as many nodes as possible."""
+    max_restarts: int = Field(default=3, ge=0, le=MAX_COUNT)
+    """How often lost ranks are replaced before the render gives up, resumable."""
+    min_ranks: int | None = Field(default=None, ge=2, le=4096)
+    """After a loss go on with fewer ranks, down to this many; by default with the same number."""
+    heartbeat_timeout_s: float = Field(default=15, gt=0, le=86400, allow_inf_nan=False)
+    """A rank that does not answer for so long counts as lost."""
+    link_timeout_s: float = Field(default=120, gt=0, le=86400, allow_inf_nan=False)
+    """A rank gives up on another one that sends nothing for so long."""
+    queue_blocks: int = Field(default=4, ge=1, le=MAX_COUNT)
+    """Finished blocks that may wait for the disk before denoising pauses."""
+    trace: bool = True
+    """Keep what ran when in the job folder, for tools/trace_pipeline.py."""
+
+
 class JobConfig(_Strict):
     """One render."""
 
@@ -101,6 +128,7 @@ class JobConfig(_Strict):
     state_every: int = Field(default=8, ge=1)
     """Ticks between two saved states."""
     queue: QueueConfig = QueueConfig()
+    parallel: ParallelConfig = ParallelConfig()
     output: OutputConfig = OutputConfig()
 
     def timeline(self) -> tuple[Segment, ...]:
@@ -155,6 +183,20 @@ def resolve(config: JobConfig, recommended: Recommended) -> JobConfig:
     )
 
 
+def override_parallel(config: JobConfig, changes: dict[str, Any]) -> JobConfig:
+    """The same job with other settings in its `parallel` section. ValueError as by parse_job.
+
+    A cut by hand goes when the number of ranks changes without it.
+    """
+    if not changes:
+        return config
+    values = config.parallel.model_dump()
+    if "ranks" in changes and "layers_per_rank" not in changes:
+        values["layers_per_rank"] = None
+    parsed = parse_job({"parallel": {**values, **changes}}, "command line")
+    return config.model_copy(update={"parallel": parsed.parallel})
+
+
 def read_yaml(path: Path) -> Any:
     """What a YAML file says. ValueError in one line when it cannot be read or is broken."""
     try:
@@ -203,7 +245,7 @@ def _shown(value: Any) -> str:
 def _keys(path: tuple[str | int, ...]) -> list[str]:
     """Keys known at a place of the config."""
     rooms: dict[str | int, type[BaseModel]] = {
-        "queue": QueueConfig, "output": OutputConfig, "segments": SegmentConfig
+        "queue": QueueConfig, "parallel": ParallelConfig, "output": OutputConfig, "segments": SegmentConfig
     }  # fmt: skip
     model = rooms[path[0]] if path else JobConfig
     return list(model.model_fields)

@@ -7,8 +7,9 @@ for block in engine.stream(prompt, num_frames=257): ...
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vidgen.builtin import BUILTIN_PATH, SmallModel, load_small
+from vidgen.codec.dct import DctCodec
 from vidgen.conditioning.prompts import BlockTexts, Timeline
 from vidgen.config import JobConfig, parse_job, resolve
 from vidgen.denoise.loop import FinishedBlock, Task, denoise
 from vidgen.denoise.task import make_task
 from vidgen.denoise.timetable import Timetable, dualparal, full
 from vidgen.limits import available_memory_bytes, memory_bytes, readable
+from vidgen.types import Block
 
 Frames = NDArray[np.uint8]  # [F, H, W, 3], RGB
 
@@ -37,6 +40,15 @@ class Plan:
     task: Task
     strides: tuple[int, int]  # pixel frames per latent frame, pixels per latent row
 
+    def first_frame(self, block: Block) -> int:
+        """The number of a block's first pixel frame."""
+        return block.start * self.strides[0]
+
+    def cut(self, frames: Frames, block: Block) -> Frames:
+        """A block's frames without those after the end of the video."""
+        assert self.job.num_frames
+        return frames[: self.job.num_frames - self.first_frame(block)]
+
 
 class Engine:
     """A loaded model. Calls are independent of each other; the same arguments give the same frames."""
@@ -45,13 +57,16 @@ class Engine:
         self.model, self.name, self.checkpoint = model, name, checkpoint
 
     @classmethod
-    def from_pretrained(cls, path: str | Path = "builtin") -> Self:
-        """The model of that name or checkpoint file. ValueError in one line when there is none."""
+    def from_pretrained(cls, path: str | Path = "builtin", *, with_dit: bool = True) -> Self:
+        """The model of that name or checkpoint file. ValueError in one line when there is none.
+
+        Without its DiT it can plan, encode and decode, and ranks read the DiT's layers for themselves.
+        """
         name = str(path)
         checkpoint = BUILTIN_PATH if name == "builtin" else Path(path)
         if not checkpoint.is_file():
             raise ValueError(f"model={name}: no such model or file; `vidgen models` lists what there is")
-        return cls(load_small(checkpoint), name, checkpoint)
+        return cls(load_small(checkpoint, with_dit=with_dit), name, checkpoint)
 
     def sha256(self) -> str:
         """Of the checkpoint: what a job remembers of its model."""
@@ -78,7 +93,8 @@ class Engine:
                 nearest = max(stride, round(size / stride) * stride)
                 raise ValueError(f"{name}={size}: need a multiple of {stride}; try {nearest}")
         timetable = make_timetable(job, codec.num_latent_frames(job.num_frames))
-        self._check_memory(job, timetable)
+        if job.parallel.ranks == 1:
+            self._check_memory(job, timetable)
         timeline = Timeline(
             job.timeline(),
             temporal_stride=codec.temporal_stride,
@@ -102,6 +118,7 @@ class Engine:
             shift=job.shift,
             guidance_scale=job.guidance_scale,
             noise=job.queue.noise,
+            guidance_mode=job.queue.guidance,
         )
         return Plan(
             job=job, timeline=timeline, task=task, strides=(codec.temporal_stride, codec.spatial_stride)
@@ -112,21 +129,13 @@ class Engine:
         """Text [1, N, T] of a prompt."""
         return self.model.text(self.model.text.ids([prompt]))
 
-    @torch.inference_mode()
     def decode(self, latents_BCFYX: Tensor) -> Frames:
         """Frames [F, H, W, 3] of one video's clean latents."""
-        pixels = self.model.codec.decode(latents_BCFYX)[0]
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+        return decode(self.model.codec, latents_BCFYX)
 
     def frames(self, finished: FinishedBlock, plan: Plan) -> Frames:
         """A finished block's frames, cut where the video ends."""
-        assert plan.job.num_frames
-        left = plan.job.num_frames - self.first_frame(finished)
-        return self.decode(finished.latents_BCFYX)[:left]
-
-    def first_frame(self, finished: FinishedBlock) -> int:
-        """The number of a block's first pixel frame."""
-        return finished.block.start * self.model.codec.temporal_stride
+        return plan.cut(self.decode(finished.latents_BCFYX), finished.block)
 
     def _check_memory(self, job: JobConfig, timetable: Timetable) -> None:
         codec = self.model.codec
@@ -146,6 +155,18 @@ class Engine:
             for word, nearest in self.model.text.tokenize(prompt).unknown.items():
                 advice = f"nearest known: {', '.join(nearest)}" if nearest else "no known word is near"
                 warnings.warn(f"the model does not know {word!r} and ignores it; {advice}", stacklevel=3)
+
+
+@torch.inference_mode()
+def decode(codec: DctCodec, latents_BCFYX: Tensor) -> Frames:
+    """Frames [F, H, W, 3] of one video's clean latents."""
+    pixels = codec.decode(latents_BCFYX.cpu())[0]
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+
+
+def load_decode(checkpoint: Path) -> Callable[[Tensor], Frames]:
+    """What turns latents into frames, from a checkpoint; for a process of its own."""
+    return partial(decode, load_small(checkpoint, with_dit=False).codec)
 
 
 def make_timetable(job: JobConfig, num_latent_frames: int) -> Timetable:

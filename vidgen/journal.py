@@ -12,6 +12,8 @@ import fcntl
 import hashlib
 import json
 import sqlite3
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -137,6 +139,11 @@ class Journal:
         """A fact noted before, or None."""
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
+
+    def log(self, text: str) -> None:
+        """Add a line to JOB/log.txt, with the time. Never in the way of a render."""
+        with suppress(OSError), (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
 
     def _latents_file(self, block: int) -> Path:
         return self.folder / "latents" / f"{block:06d}.safetensors"

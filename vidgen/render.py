@@ -1,28 +1,36 @@
 """A job from its settings to a file on disk: each stage a line, every block durable once it is clean."""
 
+import errno
 import json
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 
 from vidgen import __version__
-from vidgen.config import JobConfig
-from vidgen.denoise.loop import FinishedBlock, run_tick
+from vidgen.config import JobConfig, override_parallel
+from vidgen.denoise.loop import FinishedBlock
 from vidgen.engine import Engine, Plan
+from vidgen.execute import Executor, check_parallel, executor
 from vidgen.journal import Journal, hold
 from vidgen.media.blocks import WrittenBlock
-from vidgen.media.segments import replacing
+from vidgen.media.segments import replacing, write_atomically
 from vidgen.media.sheet import save_sheet
 from vidgen.media.sink import Sink, open_sink, upscale
+from vidgen.parallel.steps import Decoded, Hooks, Step
 from vidgen.places import check_places, first_missing
 from vidgen.types import Progress
+
+RETRY_EVERY_S = 1.0
+Made = TypeVar("Made")
 
 
 class Interrupted(Exception):
@@ -39,6 +47,7 @@ class Rendered:
     job: JobConfig
     seconds: float
     first_frame_s: float | None
+    evidence: dict[str, Any] | None  # of ranks: slots, bubbles, bytes, memory, restarts
 
 
 def render(
@@ -47,63 +56,75 @@ def render(
     folder: Path | None = None,
     overwrite: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
+    note: Callable[[str], None] = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Rendered:
     """Render a new job. ValueError in one line, and nothing on disk, for one that cannot be done.
 
     `folder` is the job's; by default it stands beside the output. `report` is called at the start and after
-    every tick; `should_stop` is asked after a tick, and when true the job is left resumable and Interrupted
-    raised.
+    every tick, `note` with a line for people when something went wrong and was mended; `should_stop` is asked
+    after a tick, and when true the job is left resumable and Interrupted raised.
     """
     folder = folder or config.output.path.with_suffix(".job")
-    engine = Engine.from_pretrained(config.model)
+    engine = Engine.from_pretrained(config.model, with_dit=config.parallel.ranks == 1)
+    check_parallel(config.parallel, engine.model.dit.config.num_layers)
     plan = engine.plan(config)
     check_places(plan, folder, overwrite)
-    if overwrite and (folder / "job.yaml").exists():
-        with hold(folder):
-            shutil.rmtree(folder)
-    made = [first_missing(path) for path in (folder, plan.job.output.path)]
-    try:
-        journal = Journal(folder, create=plan.job)
-    except OSError as error:
-        raise ValueError(
-            f"job={folder}: cannot be written: {error.strerror}; choose another --job"
-        ) from error
-    with journal, _torch_threads(plan):
-        journal.note("model_sha256", engine.sha256())
+    with executor(engine, plan, folder) as ticks:
+        if overwrite and (folder / "job.yaml").exists():
+            with hold(folder):
+                shutil.rmtree(folder)
+        made = [first_missing(path) for path in (folder, plan.job.output.path)]
         try:
-            run = _Run(engine, plan, journal)
-        except (ValueError, OSError):
-            for path in made:
-                if path is not None:
-                    shutil.rmtree(path, ignore_errors=True)  # nothing was made in them yet
-            raise
-        return run.to_the_end(report, should_stop)
+            journal = Journal(folder, create=plan.job)
+        except OSError as error:
+            raise ValueError(
+                f"job={folder}: cannot be written: {error.strerror}; choose another --job"
+            ) from error
+        with journal, _torch_threads(plan):
+            journal.note("model_sha256", engine.sha256())
+            try:
+                run = _Run(engine, plan, journal, ticks)
+            except (ValueError, OSError):
+                for path in made:
+                    if path is not None:
+                        shutil.rmtree(path, ignore_errors=True)  # nothing was made in them yet
+                raise
+            return run.to_the_end(report, note, should_stop)
 
 
 def resume(
     folder: Path,
     *,
+    parallel: dict[str, Any] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
+    note: Callable[[str], None] = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Rendered:
-    """Go on with a job where it stopped, to the frames that it would have had. See `render`."""
+    """Go on with a job where it stopped, to the frames that it would have had. See `render`.
+
+    `parallel` replaces settings of the job's `parallel` section for this run.
+    """
     with Journal(folder) as journal:
-        engine = Engine.from_pretrained(journal.job.model)
+        job = override_parallel(journal.job, parallel or {})
+        engine = Engine.from_pretrained(job.model, with_dit=job.parallel.ranks == 1)
+        check_parallel(job.parallel, engine.model.dit.config.num_layers)
         if journal.fact("model_sha256") not in (None, engine.sha256()):
-            raise ValueError(f"{folder}: model={journal.job.model} has changed since; start the job anew")
-        plan = engine.plan(journal.job)
-        with _torch_threads(plan):
-            return _Run(engine, plan, journal).to_the_end(report, should_stop)
+            raise ValueError(f"{folder}: model={job.model} has changed since; start the job anew")
+        plan = engine.plan(job)
+        with executor(engine, plan, folder) as ticks, _torch_threads(plan):
+            return _Run(engine, plan, journal, ticks).to_the_end(report, note, should_stop)
 
 
 class _Run:
-    """One process's part of a job: opens the sink, runs the ticks that are left, makes the output."""
+    """One process's part of a job: opens the sink, commits what the ticks give, makes the output."""
 
-    def __init__(self, engine: Engine, plan: Plan, journal: Journal) -> None:
-        self.engine, self.plan, self.journal = engine, plan, journal
+    def __init__(self, engine: Engine, plan: Plan, journal: Journal, ticks: Executor) -> None:
+        self.engine, self.plan, self.journal, self.ticks = engine, plan, journal, ticks
         self.started = time.monotonic()
         self.first_frame_s: float | None = None
+        self.note: Callable[[str], None] = lambda text: None
+        self.should_stop: Callable[[], bool] = lambda: False
         records = journal.written()
         self.num_committed = len(records)
         try:
@@ -113,32 +134,78 @@ class _Run:
                 raise
             self.sink = self._open_sink([])
             for record in records:  # a damaged file: make all again from the latents
-                block = plan.task.timetable.block(record.block)
-                self._commit(FinishedBlock(block, journal.load_latents(record.block)))
-        self.state = journal.load_state()
-        self.first_tick = self.state.next_tick
+                latents = journal.load_latents(record.block)
+                self._commit(Decoded(block=record.block, latents=latents, frames=self.engine.decode(latents)))
+        self.first_tick = self.ticks_done = journal.load_state().next_tick
 
-    def to_the_end(self, report: Callable[[Progress], None], should_stop: Callable[[], bool]) -> Rendered:
+    def to_the_end(
+        self,
+        report: Callable[[Progress], None],
+        note: Callable[[str], None],
+        should_stop: Callable[[], bool],
+    ) -> Rendered:
         """Run the ticks that are left. Interrupted when asked to stop before the last."""
-        state, num_ticks = self.state, self.plan.task.timetable.num_ticks
+
+        def log(text: str) -> None:
+            self.journal.log(text)
+            note(text)
+
+        self.note, self.should_stop = log, should_stop
         report(self._progress())
-        while state.next_tick < num_ticks:
-            for finished in run_tick(self.plan.task, state):
-                if finished.block.index >= self.num_committed:
-                    self._commit(finished)
-                    self.num_committed += 1
-                self.first_frame_s = self.first_frame_s or time.monotonic() - self.started
-            stop = should_stop()
-            if stop or state.next_tick % self.plan.job.state_every == 0:
-                self.journal.save_state(state)
-            report(self._progress())
-            if stop and state.next_tick < num_ticks:
-                raise Interrupted(str(self.journal.folder))
+        hooks = Hooks(
+            load_state=self.journal.load_state,
+            committed_blocks=lambda: self.num_committed,
+            should_stop=should_stop,
+            note=log,
+        )
+        try:
+            for step in self.ticks.steps(hooks):
+                if self._take(step):
+                    report(self._progress())
+        finally:
+            self._keep_evidence()
+        if self.ticks_done < self.plan.task.timetable.num_ticks:
+            raise Interrupted(str(self.journal.folder))
         return self._finish()
+
+    def _take(self, step: Step) -> bool:
+        """Commit what a step brings; whether it moved the render on."""
+        for decoded in step.decoded:
+            if decoded.block >= self.num_committed:  # else it was, before a state that is being repeated
+                self._commit(decoded)
+                self.num_committed += 1
+            self.first_frame_s = self.first_frame_s or time.monotonic() - self.started
+        if step.state is not None:
+            state = step.state
+            self._with_room(lambda: self.journal.save_state(state))
+        has_moved = bool(step.decoded) or step.ticks_done > self.ticks_done
+        self.ticks_done = max(self.ticks_done, step.ticks_done)
+        return has_moved
+
+    def _with_room(self, write: Callable[[], Made]) -> Made:
+        """What `write` makes; while the disk is full it waits and tries again, until asked to stop."""
+        is_waiting = False
+        while True:
+            try:
+                made = write()
+            except (OSError, sqlite3.OperationalError) as error:
+                if not is_disk_full(error) or self.should_stop():
+                    raise
+                if not is_waiting:
+                    self.note(
+                        f"paused: no space left for {self.journal.folder}; free some and it goes on, or stop "
+                        f"it and go on later with: vidgen resume {self.journal.folder}"
+                    )
+                is_waiting = True
+                time.sleep(RETRY_EVERY_S)
+                continue
+            if is_waiting:
+                self.note("there is room again, going on")
+            return made
 
     def _finish(self) -> Rendered:
         job = self.plan.job
-        output = self.sink.finish()
+        output = self._with_room(self.sink.finish)
         if job.output.save_latents:
             _join_latents(self.journal, job.output.save_latents)
         sheet = _make_sheet(self.engine, self.plan, self.journal)
@@ -150,7 +217,17 @@ class _Run:
             job=job,
             seconds=time.monotonic() - self.started,
             first_frame_s=self.first_frame_s,
+            evidence=self.ticks.evidence(),
         )
+
+    def _keep_evidence(self) -> None:
+        """Add what running took to JOB/evidence.json, a list with an entry per process."""
+        evidence, path = self.ticks.evidence(), self.journal.folder / "evidence.json"
+        if evidence is None:
+            return
+        earlier = json.loads(path.read_text()) if path.exists() else []
+        with suppress(OSError):  # a full disk: the render is worth more
+            write_atomically(path, json.dumps([*earlier, evidence], indent=1).encode())
 
     def _open_sink(self, done: list[WrittenBlock]) -> Sink:
         job = self.plan.job
@@ -166,28 +243,36 @@ class _Run:
             done=done,
         )
 
-    def _commit(self, finished: FinishedBlock) -> None:
+    def _commit(self, decoded: Decoded) -> None:
         """Make a block durable: latents, frames, then the journal's row."""
-        digest = self.journal.save_latents(finished.block.index, finished.latents_BCFYX)
-        frames = upscale(self.engine.frames(finished, self.plan), self.plan.job.output.upscale)
-        first_frame = self.engine.first_frame(finished)
-        record = self.sink.write(frames, first_frame=first_frame, block=finished.block.index)
-        self.journal.commit(record, digest)
+        block = self.plan.task.timetable.block(decoded.block)
+        digest = self._with_room(lambda: self.journal.save_latents(block.index, decoded.latents))
+        frames = upscale(self.plan.cut(decoded.frames, block), self.plan.job.output.upscale)
+        first_frame = self.plan.first_frame(block)
+        record = self._with_room(lambda: self.sink.write(frames, first_frame=first_frame, block=block.index))
+        self._with_room(lambda: self.journal.commit(record, digest))
 
     def _progress(self) -> Progress:
         timetable, num_frames = self.plan.task.timetable, self.plan.job.num_frames
         assert num_frames
         return Progress(
-            ticks_done=self.state.next_tick,
+            ticks_done=self.ticks_done,
             num_ticks=timetable.num_ticks,
             blocks_done=self.num_committed,
             num_blocks=timetable.num_blocks,
             frames_done=min(self.num_committed * timetable.block_frames * self.plan.strides[0], num_frames),
             num_frames=num_frames,
             seconds=time.monotonic() - self.started,
-            ticks_this_run=self.state.next_tick - self.first_tick,
+            ticks_this_run=self.ticks_done - self.first_tick,
             first_frame_s=self.first_frame_s,
         )
+
+
+def is_disk_full(error: OSError | sqlite3.OperationalError) -> bool:
+    """Whether a write failed for want of space or quota."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return error.sqlite_errorcode == sqlite3.SQLITE_FULL
 
 
 @contextmanager

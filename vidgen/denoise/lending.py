@@ -5,6 +5,8 @@ The layers are those at hand: all of them in one process, a stage's own on a ran
 
 from dataclasses import dataclass, field
 
+import torch
+
 from vidgen.denoise.timetable import Forward, Lender, Read
 from vidgen.model.context import Context, LayerKeyValues, concatenate
 
@@ -21,6 +23,15 @@ class Lent:
     def copy(self) -> "Lent":
         """The same tensors in a record of their own, for a checkpoint while the loop goes on."""
         return Lent(dict(self.for_later), self.anchor)
+
+    def to(self, device: torch.device) -> "Lent":
+        """The same on a device."""
+
+        def moved(branches: BranchKeyValues) -> BranchKeyValues:
+            return tuple(tuple(kv.to(device) for kv in layers) for layers in branches)
+
+        later = {block: (step, moved(kv)) for block, (step, kv) in self.for_later.items()}
+        return Lent(later, moved(self.anchor))
 
     def layers(self, layers: range) -> "Lent":
         """The part of some layers."""

@@ -58,7 +58,17 @@ class Task:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale}: needs a text and a negative text, got one"
             )
+        texts = tuple(text.to(self.device) for text in texts)
         return texts if self.runs_per_forward == len(texts) else (torch.cat(texts),)
+
+    def new_block(self, block: Block) -> "BlockState":
+        """A block before its first step."""
+        return BlockState(self.noise(block).to(self.device), 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and so all of the work."""
+        return next(self.model.parameters()).device
 
 
 @dataclass
@@ -108,7 +118,7 @@ def run_tick(task: Task, state: LoopState) -> list[FinishedBlock]:
     lending = Lending(state.lent)
     for forward in timetable.forwards(tick):
         block = timetable.block(forward.block)
-        own = state.blocks.get(block.index) or BlockState(task.noise(block), 0)
+        own = state.blocks.get(block.index) or task.new_block(block)
         lending.begin(forward)
         velocity = run_forward(task, state.blocks, forward, own, lending)
         stepped[block.index] = take_step(task, forward, own, velocity)

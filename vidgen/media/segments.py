@@ -158,15 +158,24 @@ def append_segment(path: Path, data: bytes) -> None:
     A file that ends inside a moof cannot be opened by FFmpeg at all. So the first box's header is written
     last: until then it is zeros, which MP4 readers take for a box that fills the rest of the file, and skip.
     """
-    with path.open("r+b") as file:
+    with path.open("r+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
-        file.write(bytes(BOX_HEADER_BYTES) + data[BOX_HEADER_BYTES:])
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(end)
-        file.write(data[:BOX_HEADER_BYTES])
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            _write_all(file, bytes(BOX_HEADER_BYTES) + data[BOX_HEADER_BYTES:])
+            os.fsync(file.fileno())
+            file.seek(end)
+            _write_all(file, data[:BOX_HEADER_BYTES])
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)  # a full disk: as if it had not been tried
+            raise
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    """Write everything: an unbuffered file may take less at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _sync(path: Path) -> None:

@@ -26,6 +26,9 @@ class KeyValue:
         """A copy of frames [start, stop), so that the rest can be freed."""
         return KeyValue(self.key_BFSHD[:, start:stop].clone(), self.value_BFSHD[:, start:stop].clone())
 
+    def to(self, device: torch.device) -> "KeyValue":
+        return KeyValue(self.key_BFSHD.to(device), self.value_BFSHD.to(device))
+
 
 LayerKeyValues = tuple[KeyValue, ...]  # one per layer
 

@@ -1,0 +1,102 @@
+"""What a run on ranks did, in figures: for `--json`, the job folder, and whoever doubts."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from vidgen.denoise.loop import Task
+from vidgen.parallel.pipeline import Span
+from vidgen.parallel.slots import slot_bound
+from vidgen.parallel.topology import Topology
+
+COLUMNS = ["attempt", "rank", *Span.__slots__]
+
+
+class Evidence:
+    """Gathers the ranks' figures, one attempt after another."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.failures: list[str] = []
+        self._attempts: list[dict[str, Any]] = []
+        self._started_s = time.monotonic()
+
+    def begin(self, topology: Topology, first_tick: int, places: list[dict[str, Any]]) -> None:
+        """An attempt starts its work."""
+        self._started_s = time.monotonic()
+        self._attempts.append(
+            {
+                "num_ranks": topology.num_stages,
+                "layers_per_rank": list(topology.layers_per_stage),
+                "first_tick": first_tick,
+                "slot_bound": slot_bound(
+                    self.task.timetable, topology.num_stages, self.task.runs_per_forward, first_tick
+                ),
+                "ranks": places,
+            }
+        )
+
+    def update(self, stats: dict[int, dict[str, float]], decoder: dict[str, float]) -> None:
+        """The ranks' newest figures."""
+        attempt = self._attempts[-1]
+        attempt["seconds"] = round(time.monotonic() - self._started_s, 3)
+        for rank, found in stats.items():
+            attempt["ranks"][rank] |= {name: _rounded(value) for name, value in found.items()}
+        attempt["decoder"] = decoder
+        last = attempt["ranks"][-1]
+        items, slots = last.get("items", 0), last.get("last_slot", 0)
+        num_ranks = attempt["num_ranks"]
+        attempt["slots"] = slots
+        attempt["utilisation"] = round(min(1.0, attempt["slot_bound"] / slots), 4) if slots else 0.0
+        attempt["bubble_share"] = round(1 - items / slots, 4) if slots else 0.0
+        busy = sum(rank.get("busy_s", 0) for rank in attempt["ranks"])
+        attempt["busy_share"] = round(busy / num_ranks / max(attempt["seconds"], 1e-9), 4)
+        attempt["bytes_per_link"] = {
+            f"{rank}->{(rank + 1) % num_ranks}": found.get("bytes_sent", 0)
+            for rank, found in enumerate(attempt["ranks"])
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return {
+            "restarts": len(self.failures),
+            "failures": self.failures,
+            "attempts": self._attempts,
+        }
+
+
+class SpanFile:
+    """The trace of a job, JOB/trace.jsonl: a line of column names, then a line per run of the model."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # attempts of earlier processes come first
+        self._first_attempt = 0
+        if path.exists():
+            self._first_attempt = 1 + max((line[0] for line in _read(path)), default=-1)
+        else:
+            path.write_text(json.dumps(COLUMNS) + "\n")
+
+    def write(self, attempt: int, spans: list[tuple[int, tuple[float, ...]]]) -> None:
+        """Add spans, given with their rank."""
+        if not spans:
+            return
+        with self.path.open("a") as file:
+            for rank, (*numbers, start_s, stop_s) in spans:
+                row = [self._first_attempt + attempt, rank, *numbers, round(start_s, 6), round(stop_s, 6)]
+                file.write(json.dumps(row) + "\n")
+
+
+def _read(path: Path) -> list[list[float]]:
+    rows = []
+    for line in path.read_text().splitlines()[1:]:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # the line in which a process was killed
+    return rows
+
+
+def _rounded(value: float) -> float:
+    return round(value, 4) if isinstance(value, float) else value

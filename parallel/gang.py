@@ -1,0 +1,339 @@
+"""The ranks of one attempt as Ray actors: started together, watched, and ended together.
+
+The gang only starts, watches and collects; ranks talk to each other by themselves (rank.py). A rank that
+died, failed, or does not answer ends the attempt with GangFailed, which names it.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from vidgen.denoise.lending import join_layers
+from vidgen.denoise.loop import LoopState
+from vidgen.parallel.cluster import Needs
+from vidgen.parallel.decoding import Decoder, DecodeReport
+from vidgen.parallel.rank import Blueprint, Failure, Rank, Report, Whereabouts, peak_memory_bytes
+from vidgen.parallel.steps import Decode, Decoded
+from vidgen.parallel.topology import Topology, balanced, by_hand
+
+POLL_EVERY_S = 0.2
+BLAME_WITHIN_S = 2.0  # after a first failure: how long the true cause may take to show
+DECODER = -1
+
+
+class GangFailed(Exception):
+    """An attempt that cannot go on. The message names the rank and what happened to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GangConfig:
+    """How the ranks are placed and watched."""
+
+    needs: Needs
+    name: str  # of the placement group
+    placement: str = "PACK"
+    layers_per_rank: tuple[int, ...] | None = None
+    heartbeat_timeout_s: float = 15.0
+    start_timeout_s: float = 120.0
+
+
+class RankActor(Rank):
+    """A Rank in a Ray actor, which knows where it is and hands clean blocks to the decoder."""
+
+    def __init__(self, index: int, blueprint: Blueprint, decoder: Any) -> None:
+        context = ray.get_runtime_context()
+
+        def emit(block: int, latents: Any) -> None:
+            decoder.put.remote(block, latents)
+
+        super().__init__(index, blueprint, emit if index == 0 else None, _own_host(), context.get_node_id())
+
+
+class DecoderActor(Decoder):
+    """A Decoder in a Ray actor."""
+
+    def __init__(self, load: Callable[[], Decode], num_threads: int) -> None:
+        whereabouts = Whereabouts(
+            pid=os.getpid(), host=_own_host(), node=ray.get_runtime_context().get_node_id(),
+            peak_memory_bytes=peak_memory_bytes(),
+        )  # fmt: skip
+        super().__init__(load, num_threads, whereabouts)
+
+
+def _own_host() -> str:
+    return ray.util.get_node_ip_address()
+
+
+@dataclass
+class Member:
+    """An actor as the gang sees it."""
+
+    index: int
+    actor: Any
+    where: Whereabouts | None = None
+    asked_s: float = 0.0  # when the poll that is not answered yet was sent
+    pending: Any = None
+    report: Report | None = None
+    lost: str | None = None  # why it will not answer any more
+
+    @property
+    def name(self) -> str:
+        return "the decoder" if self.index == DECODER else f"rank {self.index}"
+
+    def described(self) -> str:
+        """The name and, when known, where it ran."""
+        return self.name if self.where is None else f"{self.name} (pid {self.where.pid} on {self.where.host})"
+
+
+@dataclass
+class News:
+    """What has come in since the last look."""
+
+    decoded: list[Decoded] = field(default_factory=list)
+    states: list[LoopState] = field(default_factory=list)
+    spans: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)  # (rank, span)
+    ticks_done: int = 0
+    ended_at: int | None = None
+
+
+class Gang:
+    """One attempt's ranks and decoder. Use as a context manager: leaving it ends every process of it."""
+
+    def __init__(self, config: GangConfig, blueprint: Blueprint, load_decode: Callable[[], Decode]) -> None:
+        self.config, self.blueprint = config, blueprint
+        self._load_decode = load_decode
+        self._group: PlacementGroup | None = None
+        self.members: list[Member] = []
+        self.topology: Topology | None = None
+        self._decoder_memory_bytes = 0
+        self._parts: dict[int, dict[int, LoopState]] = {}  # next tick -> rank -> its part of the state
+
+    @property
+    def ranks(self) -> list[Member]:
+        return [member for member in self.members if member.index != DECODER]
+
+    def __enter__(self) -> "Gang":
+        try:
+            self._place()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self, state: LoopState) -> None:
+        """Cut the layers, and set every rank to work from this state. GangFailed when one cannot."""
+        num_layers, num_ranks = self.blueprint.task.model.config.num_layers, len(self.ranks)
+        first = self.ranks[0]
+        given = self.config.layers_per_rank
+        if given is not None and len(given) == num_ranks:
+            self.topology = by_hand(given, num_layers)
+        else:  # a gang with fewer ranks than were asked for is cut anew
+            costs = self._ask(first.actor.measure.remote(), first)
+            self.topology = balanced(
+                num_layers, num_ranks, layer=costs.layer, first=costs.first, last=costs.last
+            )
+        meet_at = self._ask(first.actor.open_door.remote(), first)
+        started = [
+            (member, member.actor.start.remote(
+                self.topology,
+                LoopState(
+                    state.next_tick,
+                    state.blocks if member.index == 0 else {},
+                    state.lent.layers(self.topology.stage(member.index).layers),
+                ),
+                meet_at,
+            ))
+            for member in self.ranks
+        ]  # fmt: skip
+        for member, reference in started:
+            self._ask(reference, member)
+
+    def look(self, *, stop: bool = False, committed_blocks: int = 0, timeout_s: float = POLL_EVERY_S) -> News:
+        """Poll everybody, wait `timeout_s` for answers, and collect them. GangFailed, see the module."""
+        for member in self.members:
+            if member.pending is None and member.lost is None:
+                asked = (
+                    {} if member.index == DECODER else {"stop": stop, "committed_blocks": committed_blocks}
+                )
+                member.pending, member.asked_s = member.actor.poll.remote(**asked), time.monotonic()
+        news = News()
+        start = time.monotonic()
+        self._collect(news, timeout_s)
+        failed = self._failed()
+        if failed:
+            raise GangFailed(self._blame(news))
+        self._complete_states(news)
+        time.sleep(max(0.0, timeout_s - (time.monotonic() - start)))
+        return news
+
+    def pids(self) -> dict[int, int]:
+        """Process of every member, by rank; the decoder's is -1."""
+        return {member.index: member.where.pid for member in self.members if member.where is not None}
+
+    def places(self) -> list[dict[str, Any]]:
+        """Where each rank runs, and what its process held before it loaded anything."""
+        found = [member.where for member in self.ranks]
+        return [
+            {"pid": w.pid, "host": w.host, "memory_at_start_bytes": w.peak_memory_bytes} for w in found if w
+        ]
+
+    def decoder_stats(self) -> dict[str, float]:
+        """The decoder's newest figures."""
+        return {"peak_memory_bytes": self._decoder_memory_bytes}
+
+    def stats(self) -> dict[int, dict[str, float]]:
+        """The newest figures of every rank."""
+        return {m.index: m.report.stats for m in self.ranks if m.report is not None}
+
+    def close(self) -> None:
+        """End every process of the gang, stopped ones too, and give the resources back."""
+        own_node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+        for member in self.members:
+            with suppress(Exception):
+                ray.kill(member.actor)
+            if member.where is not None and member.where.node == own_node:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(member.where.pid, signal.SIGKILL)  # a stopped process does not hear Ray
+        if self._group is not None:
+            with suppress(Exception):
+                remove_placement_group(self._group)
+        self.members, self._group = [], None
+
+    def _place(self) -> None:
+        needs = self.config.needs
+        group = placement_group(needs.bundles(), strategy=self.config.placement, name=self.config.name)
+        self._group = group
+        if not group.wait(self.config.start_timeout_s):
+            free = {name: ray.available_resources().get(name, 0) for name in needs.total()}
+            raise GangFailed(
+                f"no room for {needs.num_ranks} ranks within {self.config.start_timeout_s:g} s: needed "
+                f"{needs.total()}, free {free}"
+            )
+        gpus = 1 if needs.device == "cuda" else 0
+
+        def options(bundle: int, num_gpus: int) -> dict[str, Any]:
+            where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+            return {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "scheduling_strategy": where}
+
+        decoder = ray.remote(DecoderActor).options(**options(needs.num_ranks, 0)).remote(
+            self._load_decode, self.blueprint.threads
+        )  # fmt: skip
+        blueprint = ray.put(self.blueprint)
+        self.members = [
+            Member(
+                index, ray.remote(RankActor).options(**options(index, gpus)).remote(index, blueprint, decoder)
+            )
+            for index in range(needs.num_ranks)
+        ]
+        self.members.append(Member(DECODER, decoder))
+        asked = [(member, member.actor.where.remote()) for member in self.members]
+        for member, reference in asked:
+            member.where = self._ask(reference, member)
+
+    def _ask(self, reference: Any, member: Member) -> Any:
+        """An answer, within the time that starting may take."""
+        try:
+            return ray.get(reference, timeout=self.config.start_timeout_s)
+        except RayError as error:
+            reason = "did not answer" if isinstance(error, TimeoutError) else _first_line(error)
+            raise GangFailed(f"{member.described()} could not be started: {reason}") from error
+
+    def _collect(self, news: News, timeout_s: float) -> None:
+        """Take the answers that come within the time; note who is lost."""
+        waiting = {member.pending: member for member in self.members if member.pending is not None}
+        if not waiting:
+            return
+        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
+        for reference in ready:
+            member = waiting[reference]
+            member.pending = None
+            try:
+                self._take(member, ray.get(reference), news)
+            except RayActorError:
+                member.lost = f"{member.described()} died"
+            except RayError as error:
+                member.lost = f"{member.described()} does not answer: {_first_line(error)}"
+        now = time.monotonic()
+        for member in self.members:
+            if member.pending is not None and now - member.asked_s > self.config.heartbeat_timeout_s:
+                silent = f"has not answered for {self.config.heartbeat_timeout_s:g} s"
+                member.lost = f"{member.described()} {silent}: stopped, out of memory, or its node is gone"
+
+    def _take(self, member: Member, report: Report | DecodeReport, news: News) -> None:
+        if isinstance(report, DecodeReport):
+            news.decoded.extend(report.decoded)
+            self._decoder_memory_bytes = report.peak_memory_bytes
+            member.report = Report(doing="decoding", doing_s=0, failure=report.failure)
+            return
+        member.report = report
+        news.ticks_done = max(news.ticks_done, report.ticks_done)
+        news.spans.extend((member.index, span) for span in report.spans)
+        for next_tick, part in report.states:
+            self._parts.setdefault(next_tick, {})[member.index] = part
+
+    def _complete_states(self, news: News) -> None:
+        """States of which every rank's part is here; older ones that never will be are forgotten."""
+        for tick in sorted(self._parts):
+            parts = self._parts[tick]
+            if len(parts) == len(self.ranks):
+                lent = join_layers([parts[rank].lent for rank in sorted(parts)])
+                news.states.append(LoopState(tick, parts[0].blocks, lent))
+                self._parts = {other: kept for other, kept in self._parts.items() if other > tick}
+        ends = {member.report.ended_at if member.report else None for member in self.ranks}
+        if len(ends) == 1:
+            (news.ended_at,) = ends
+
+    def _failed(self) -> list[Member]:
+        return [m for m in self.members if m.lost or (m.report is not None and m.report.failure)]
+
+    def _blame(self, news: News) -> str:
+        """Who was first: a rank that is gone or broke by itself, rather than one that lost another."""
+        until = time.monotonic() + BLAME_WITHIN_S
+        while time.monotonic() < until and not any(_is_cause(member) for member in self._failed()):
+            for member in self.members:
+                if member.pending is None and member.lost is None:
+                    member.pending, member.asked_s = member.actor.poll.remote(), time.monotonic()
+            self._collect(news, 0.2)
+            time.sleep(0.05)
+        failed = sorted(self._failed(), key=lambda member: not _is_cause(member))
+        if _is_cause(failed[0]):
+            return _why(failed[0])
+        for member in self.members:  # stopped, or stuck in its work
+            if member.pending is not None:
+                return f"{member.described()} does not answer; {_why(failed[0])}"
+            report = member.report
+            if report is not None and report.failure is None and report.doing.startswith("computing"):
+                return f"{member.described()} has been {report.doing} for {report.doing_s:.0f} s"
+        return _why(failed[0])
+
+
+def _is_cause(member: Member) -> bool:
+    failure = member.report.failure if member.report is not None else None
+    return bool(member.lost) or (failure is not None and failure.peer is None)
+
+
+def _why(member: Member) -> str:
+    if member.lost:
+        return member.lost
+    assert member.report is not None and member.report.failure is not None
+    failure: Failure = member.report.failure
+    return failure.message
+
+
+def _first_line(error: BaseException) -> str:
+    """The cause of a Ray error, without its trace."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"

@@ -1,0 +1,300 @@
+"""One rank of a render: places its layers, meets the others, runs its part in a thread, answers polls.
+
+Nothing here knows Ray: whoever holds the object calls `start` once and `poll` now and then.
+"""
+
+import dataclasses
+import os
+import resource
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidgen.denoise.loop import FinishedBlock, LoopState, Task
+from vidgen.parallel.costs import Costs, measure_costs
+from vidgen.parallel.first import FirstStage, default_in_flight
+from vidgen.parallel.pipeline import LaterStage, Links, Shapes, StageRun
+from vidgen.parallel.place import Placed, place
+from vidgen.parallel.topology import Stage, Topology
+from vidgen.parallel.torch_links import (
+    BACK_TAG,
+    FORWARD_TAG,
+    GlooIncoming,
+    GlooOutgoing,
+    NcclIncoming,
+    NcclOutgoing,
+    connect,
+    disconnect,
+    listen,
+)
+from vidgen.parallel.transport import TransportError
+
+LINK_DEPTH = 2  # buffers at either end of a link
+Emit = Callable[[int, Tensor], None]  # (block, clean latents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What every rank of a render is told. The task's model lies on the meta device."""
+
+    task: Task
+    checkpoint: Path
+    part: str  # of the checkpoint that is the model
+    threads: int
+    state_every: int
+    link_timeout_s: float
+    queue_blocks: int  # finished blocks that may wait to be committed
+    trace: bool = True
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whereabouts:
+    """Where a rank runs."""
+
+    pid: int
+    host: str
+    node: str
+    peak_memory_bytes: int  # before it has loaded anything
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a rank's part ended early. `peer` is set when it lost another rank, which may be the true cause."""
+
+    message: str
+    trace: str
+    peer: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A rank's answer to a poll: what is new since the last one, and where it stands."""
+
+    doing: str
+    doing_s: float
+    ticks_done: int = 0
+    states: list[tuple[int, LoopState]] = field(default_factory=list)
+    spans: list[tuple[float, ...]] = field(default_factory=list)
+    stats: dict[str, float] = field(default_factory=dict)
+    ended_at: int | None = None  # the tick that was not run
+    failure: Failure | None = None
+
+
+class Rank:
+    """One rank. `emit` is called on the first rank with every clean block."""
+
+    def __init__(self, index: int, blueprint: Blueprint, emit: Emit | None = None, host: str = "127.0.0.1",
+                 node: str = "") -> None:  # fmt: skip
+        self.index, self.blueprint, self.host, self.node = index, blueprint, host, node
+        self._emit = emit
+        self._door: socket.socket | None = None
+        self._stage_run: StageRun | None = None
+        self._placed: Placed | None = None
+        self._lock = threading.Lock()
+        self._states: list[tuple[int, LoopState]] = []
+        self._ended_at: int | None = None
+        self._failure: Failure | None = None
+        self._doing = ("starting", time.monotonic())
+        self._ticks_done = 0
+        self._finished_blocks = self._committed_blocks = 0
+        self._stop = False
+        self._thread: threading.Thread | None = None
+
+    def where(self) -> Whereabouts:
+        return Whereabouts(
+            pid=os.getpid(), host=self.host, node=self.node, peak_memory_bytes=peak_memory_bytes()
+        )
+
+    def measure(self) -> Costs:
+        """Seconds of a layer and of the ends, on this rank's device."""
+        with threads(self.blueprint.threads):
+            return measure_costs(self.blueprint.task, torch.device(self.blueprint.device))
+
+    def open_door(self) -> tuple[str, int]:
+        """Where the others can meet this rank."""
+        self._door = listen(self.host)
+        return self.host, self._door.getsockname()[1]
+
+    def start(self, topology: Topology, state: LoopState, meet_at: tuple[str, int]) -> None:
+        """Begin this rank's part from a state that holds its layers' share of what has been lent."""
+        stage = topology.stage(self.index)
+        self._thread = threading.Thread(target=self._guarded, args=(stage, state, meet_at), daemon=True)
+        self._thread.start()
+
+    def poll(self, *, stop: bool = False, committed_blocks: int = 0) -> Report:
+        """What is new. `stop` asks for an end after the tick; `committed_blocks` makes room for more."""
+        self._stop = self._stop or stop
+        self._committed_blocks = max(self._committed_blocks, committed_blocks)
+        run = self._stage_run
+        with self._lock:
+            ended_at, failure = self._ended_at, self._failure  # before states: these are complete then
+            states, self._states = self._states, []
+        spans = []
+        if run is not None:
+            fresh, run.stats.spans = run.stats.spans, []
+            spans = [dataclasses.astuple(span) for span in fresh]
+            if run.doing != self._doing[0]:
+                self._doing = (run.doing, time.monotonic())
+        return Report(
+            doing=self._doing[0],
+            doing_s=time.monotonic() - self._doing[1],
+            ticks_done=self._ticks_done,
+            states=states,
+            spans=spans,
+            stats=self._stats(run),
+            ended_at=ended_at,
+            failure=failure,
+        )
+
+    # a Watcher of the first stage
+
+    def finished(self, block: FinishedBlock) -> None:
+        self._finished_blocks = block.block.index + 1
+        if self._emit is not None:
+            self._emit(block.block.index, block.latents_BCFYX.cpu())
+
+    def ticked(self, ticks_done: int) -> None:
+        self._ticks_done = ticks_done
+
+    def save(self, state: LoopState) -> None:
+        with self._lock:
+            self._states.append((state.next_tick, _to_cpu(state)))
+
+    def may_begin(self) -> bool:
+        return self._finished_blocks - self._committed_blocks < self.blueprint.queue_blocks
+
+    def should_stop(self) -> bool:
+        return self._stop
+
+    def _guarded(self, stage: Stage, state: LoopState, meet_at: tuple[str, int]) -> None:
+        try:
+            with threads(self.blueprint.threads):
+                ended_at = self._run(stage, state, meet_at)
+            with self._lock:
+                self._ended_at = ended_at
+        except BaseException as error:
+            peer = error.peer if isinstance(error, TransportError) else None
+            message = (
+                str(error) if peer is not None else f"rank {self.index}: {type(error).__name__}: {error}"
+            )
+            with self._lock:
+                self._failure = Failure(message=message, trace=traceback.format_exc(), peer=peer)
+
+    def _run(self, stage: Stage, state: LoopState, meet_at: tuple[str, int]) -> int:
+        blueprint, device = self.blueprint, torch.device(self.blueprint.device)
+        task = blueprint.task
+        shapes = Shapes.of(task)
+        self._doing = ("loading", time.monotonic())
+        self._placed = place(blueprint.checkpoint, blueprint.part, task.model.config, stage, device)
+        self._doing = ("meeting the other ranks", time.monotonic())
+        links = self._links(stage, shapes, meet_at, device)
+        state = _to_device(state, device)
+        options = {"state_every": blueprint.state_every, "trace": blueprint.trace}
+        self._committed_blocks = self._finished_blocks = blocks_before(task, state.next_tick)
+        if stage.is_first:
+            first = FirstStage(
+                stage, dataclasses.replace(task, model=self._placed.model), shapes, links, state=state,
+                keepalive_s=blueprint.link_timeout_s / 4, **options,
+            )  # fmt: skip
+            self._stage_run = first
+            return first.run(self)
+        later = LaterStage(
+            stage, self._placed.model, task.timetable, shapes, task.runs_per_forward, links,
+            lent=state.lent, **options,
+        )  # fmt: skip
+        self._stage_run = later
+        return later.run(state.next_tick, lambda tick, lent: self.save(LoopState(tick, {}, lent)))
+
+    def _links(self, stage: Stage, shapes: Shapes, meet_at: tuple[str, int], device: torch.device) -> Links:
+        blueprint = self.blueprint
+        forward, back = shapes.layouts(blueprint.task.timetable)
+        door, self._door = self._door, None
+        groups = connect(
+            stage.index, stage.num_stages, meet_at, door, own_host=self.host,
+            timeout_s=blueprint.link_timeout_s, device=device,
+        )  # fmt: skip
+        before, after = (stage.index - 1) % stage.num_stages, (stage.index + 1) % stage.num_stages
+        ends: dict[str, Any] = {"rank": stage.index, "timeout_s": blueprint.link_timeout_s}
+        into = {"peer": before, "tag": FORWARD_TAG, "depth": LINK_DEPTH, **ends}
+        out = {"peer": after, "tag": FORWARD_TAG, "depth": LINK_DEPTH, **ends}
+        if stage.is_first:
+            into |= {"tag": BACK_TAG, "depth": default_in_flight(stage.num_stages)}
+        if stage.is_last:
+            out |= {"tag": BACK_TAG}
+        in_layout, out_layout = back if stage.is_first else forward, back if stage.is_last else forward
+        if device.type != "cuda":
+            return Links(GlooIncoming(in_layout, **into), GlooOutgoing(out_layout, **out))
+        in_group = groups.back if stage.is_first else groups.forward
+        out_group = groups.back if stage.is_last else groups.forward
+        return Links(
+            NcclIncoming(in_layout, in_group, device, **into),
+            NcclOutgoing(out_layout, out_group, device, **out),
+        )
+
+    def close(self) -> None:
+        """Leave the other ranks, after the run has ended."""
+        disconnect()
+
+    def _stats(self, run: StageRun | None) -> dict[str, float]:
+        found: dict[str, float] = {"peak_memory_bytes": peak_memory_bytes()}
+        if self._placed is not None:
+            found["num_parameters"] = self._placed.num_parameters
+            found["bytes_read"] = self._placed.bytes_read
+            found["weight_bytes"] = sum(p.numel() * p.element_size() for p in self._placed.model.parameters())
+        if torch.device(self.blueprint.device).type == "cuda":
+            found["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+        if run is not None:
+            for name in ("items", "busy_s", "receive_wait_s", "send_wait_s", "last_slot"):
+                found[name] = getattr(run.stats, name)
+            found["bytes_sent"] = run.links.outgoing.bytes_sent
+        return found
+
+
+def blocks_before(task: Task, tick: int) -> int:
+    """Blocks that are clean when this tick begins."""
+    timetable = task.timetable
+    return sum(timetable.last_tick(block) < tick for block in range(timetable.num_blocks))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class threads:
+    """Within, torch uses so many threads in this thread: sums of floats depend on it."""
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads, self.before = num_threads, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(self.num_threads)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def _to_cpu(state: LoopState) -> LoopState:
+    return _to_device(state, torch.device("cpu"))
+
+
+def _to_device(state: LoopState, device: torch.device) -> LoopState:
+    """The state with every tensor on the device."""
+    blocks = {
+        index: dataclasses.replace(
+            block,
+            latents_BCFYX=block.latents_BCFYX.to(device),
+            history=tuple(tensor.to(device) for tensor in block.history),
+        )
+        for index, block in state.blocks.items()
+    }
+    return LoopState(state.next_tick, blocks, state.lent.to(device))

@@ -1,0 +1,39 @@
+"""What a render does with the work of whoever runs its ticks, one process or many ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from vidgen.denoise.loop import LoopState
+
+Decode = Callable[[Tensor], Any]  # clean latents of a block [1, C, F, Y, X] -> frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """A block's clean latents and its frames."""
+
+    block: int
+    latents: Tensor
+    frames: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is new: decoded blocks in order, then perhaps a state, which is to be saved after them."""
+
+    ticks_done: int
+    decoded: list[Decoded] = field(default_factory=list)
+    state: LoopState | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a render tells those who run its ticks."""
+
+    load_state: Callable[[], LoopState]  # the last one saved
+    committed_blocks: Callable[[], int]
+    should_stop: Callable[[], bool]
+    note: Callable[[str], None]  # a line for people: a rank was lost, a new attempt begins

@@ -1,0 +1,149 @@
+"""Who runs a job's ticks: this process, or ranks under Ray. Both hand on the same steps."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from vidgen.builtin import load_dit
+from vidgen.config import ParallelConfig
+from vidgen.denoise.loop import run_tick
+from vidgen.engine import Engine, Plan, load_decode
+from vidgen.parallel.steps import Decoded, Hooks, Step
+from vidgen.parallel.topology import by_hand, check_num_ranks
+
+
+class Executor(Protocol):
+    """Runs a job's ticks from its last state on."""
+
+    def steps(self, hooks: Hooks) -> Iterator[Step]:
+        """What there is to commit, in order, until the last tick or until asked to stop."""
+        ...
+
+    def evidence(self) -> dict[str, Any] | None:
+        """What running it took; None when there is nothing to tell."""
+        ...
+
+
+class InOneProcess:
+    """The loop itself."""
+
+    def __init__(self, engine: Engine, plan: Plan) -> None:
+        self.engine, self.plan = engine, plan
+
+    def steps(self, hooks: Hooks) -> Iterator[Step]:
+        """See Executor.steps."""
+        task = self.plan.task
+        if task.device.type == "meta":
+            load_dit(self.engine.checkpoint, self.engine.model.dit)
+        state = hooks.load_state()
+        while state.next_tick < task.timetable.num_ticks:
+            decoded = [
+                Decoded(
+                    block=finished.block.index,
+                    latents=finished.latents_BCFYX,
+                    frames=self.engine.decode(finished.latents_BCFYX),
+                )
+                for finished in run_tick(task, state)
+            ]
+            stop = hooks.should_stop()
+            is_saved = stop or state.next_tick % self.plan.job.state_every == 0
+            yield Step(state.next_tick, decoded, state if is_saved else None)
+            if stop:
+                return
+
+    def evidence(self) -> None:
+        """The loop has nothing to tell."""
+
+
+class OnRanks:
+    """Ranks under Ray, which is connected."""
+
+    def __init__(
+        self, engine: Engine, plan: Plan, folder: Path, num_ranks: int, device: Literal["cpu", "cuda"]
+    ):
+        from vidgen.parallel.cluster import Needs, check_room
+        from vidgen.parallel.gang import GangConfig
+
+        self.engine, self.plan, self.folder = engine, plan, folder
+        parallel = plan.job.parallel
+        self.needs = Needs(num_ranks=num_ranks, device=device)
+        check_room(self.needs)
+        self.config = GangConfig(
+            needs=self.needs,
+            name=f"vidgen-{folder.absolute().name}-{os.getpid()}",
+            placement=parallel.placement.upper(),
+            layers_per_rank=parallel.layers_per_rank,
+            heartbeat_timeout_s=parallel.heartbeat_timeout_s,
+        )
+        self._coordinator: Any = None
+
+    def steps(self, hooks: Hooks) -> Iterator[Step]:
+        """See Executor.steps. RuntimeError after too many restarts."""
+        from vidgen.parallel.coordinator import Coordinator
+        from vidgen.parallel.evidence import SpanFile
+        from vidgen.parallel.rank import Blueprint
+
+        job = self.plan.job
+        blueprint = Blueprint(
+            task=self.plan.task,
+            checkpoint=self.engine.checkpoint.absolute(),
+            part="dit",
+            threads=job.threads or 1,
+            state_every=job.state_every,
+            link_timeout_s=job.parallel.link_timeout_s,
+            queue_blocks=job.parallel.queue_blocks,
+            trace=job.parallel.trace,
+            device=self.needs.device,
+        )
+        self._coordinator = Coordinator(
+            self.config,
+            blueprint,
+            partial(load_decode, self.engine.checkpoint.absolute()),
+            max_restarts=job.parallel.max_restarts,
+            min_ranks=job.parallel.min_ranks,
+            spans=SpanFile(self.folder / "trace.jsonl") if job.parallel.trace else None,
+        )
+        yield from self._coordinator.steps(hooks)
+
+    def evidence(self) -> dict[str, Any] | None:
+        """Slots, bubbles, bytes, memory, times and restarts."""
+        return self._coordinator.evidence.as_dict() if self._coordinator is not None else None
+
+
+def check_parallel(parallel: ParallelConfig, num_layers: int) -> None:
+    """ValueError in one line for ranks that this model cannot be cut over."""
+    cut = parallel.layers_per_rank
+    if cut is not None:
+        by_hand(cut, num_layers)
+        if parallel.ranks != len(cut):
+            raise ValueError(
+                f"layers_per_rank={list(cut)} is a cut for {len(cut)} ranks, and ranks={parallel.ranks}: "
+                "make them agree"
+            )
+    if parallel.ranks != "auto":
+        check_num_ranks(parallel.ranks, num_layers)
+
+
+@contextmanager
+def executor(engine: Engine, plan: Plan, folder: Path) -> Iterator[Executor]:
+    """Who runs the plan; Ray is connected within, if it takes more than one rank. ValueError in one line."""
+    parallel, num_layers = plan.job.parallel, engine.model.dit.config.num_layers
+    address = parallel.address
+    ranks = parallel.ranks
+    if ranks == "auto" and address is None:
+        from vidgen.parallel.cluster import local_ranks
+
+        ranks = min(local_ranks(), num_layers)
+    if ranks == 1:
+        yield InOneProcess(engine, plan)
+        return
+    from vidgen.parallel.cluster import connected, has_gpus, offered_ranks
+
+    with connected(address, None if ranks == "auto" else ranks):
+        device: Literal["cpu", "cuda"] = "cuda" if has_gpus() else "cpu"
+        if ranks == "auto":
+            ranks = min(offered_ranks(device), num_layers)
+        yield OnRanks(engine, plan, folder, ranks, device) if ranks > 1 else InOneProcess(engine, plan)
