@@ -2,15 +2,14 @@
 
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 JOIN_TIMEOUT_S = 5.0
-# read by Ray when it is first imported: no clusters, so every socket is bound to 127.0.0.1
-LOOPBACK_ONLY = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# with no clusters allowed, as is Ray's default on a desktop, it binds every socket to 127.0.0.1
+CLUSTERS_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +39,6 @@ def connected(address: str | None, num_ranks: int | None) -> Iterator[None]:
     A local one has room for `num_ranks` (default: one per core): ranks on a CPU may share cores.
     ValueError in one line when there is no cluster at the address.
     """
-    if "ray" not in sys.modules and address is None:
-        os.environ.setdefault(*LOOPBACK_ONLY)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # its warning about a future default is for those who set it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -50,6 +47,17 @@ def connected(address: str | None, num_ranks: int | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    with _ray_set(loopback_only=address is None):
+        _connect(address, num_ranks)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(address: str | None, num_ranks: int | None) -> None:
+    import ray
+
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
         _check_reachable(address)
@@ -62,10 +70,28 @@ def connected(address: str | None, num_ranks: int | None) -> Iterator[None]:
         ray.init(
             address="local", include_dashboard=False, num_cpus=max(ranks + 1, os.cpu_count() or 1), **quiet
         )
+
+
+@contextmanager
+def _ray_set(*, loopback_only: bool) -> Iterator[None]:
+    """Within, Ray keeps to loopback if asked to, and does not print what happens to workers on our stdout.
+
+    It has no settings for these, so its internals are set: the variable is for the processes it starts.
+    """
+    from ray._private import ray_constants, worker
+
+    before = ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream, os.environ.get(CLUSTERS_VARIABLE)
+    worker.print_to_stdstream = lambda *_, **__: None
+    if loopback_only:
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        os.environ[CLUSTERS_VARIABLE] = "0"
     try:
         yield
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream, variable = before
+        os.environ.pop(CLUSTERS_VARIABLE, None)
+        if variable is not None:
+            os.environ[CLUSTERS_VARIABLE] = variable
 
 
 def local_ranks() -> int:

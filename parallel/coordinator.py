@@ -41,7 +41,8 @@ class Coordinator:
                 with Gang(self._config(attempt), self.blueprint, self.load_decode) as gang:
                     gang.start(state)
                     assert gang.topology is not None
-                    self.evidence.begin(gang.topology, state.next_tick, gang.places())
+                    hooks.placed(gang.places())
+                    self.evidence.begin(gang.topology, state.next_tick, gang.places()[:-1])
                     yield from self._follow(gang, state, hooks, attempt)
                 return
             except GangFailed as failure:

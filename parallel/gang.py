@@ -183,10 +183,16 @@ class Gang:
         return {member.index: member.where.pid for member in self.members if member.where is not None}
 
     def places(self) -> list[dict[str, Any]]:
-        """Where each rank runs, and what its process held before it loaded anything."""
-        found = [member.where for member in self.ranks]
+        """Where each rank and, last, the decoder runs, and what its process held before loading anything."""
         return [
-            {"pid": w.pid, "host": w.host, "memory_at_start_bytes": w.peak_memory_bytes} for w in found if w
+            {
+                "name": member.name,
+                "pid": member.where.pid,
+                "host": member.where.host,
+                "memory_at_start_bytes": member.where.peak_memory_bytes,
+            }
+            for member in self.members
+            if member.where is not None
         ]
 
     def decoder_stats(self) -> dict[str, float]:

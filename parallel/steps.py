@@ -37,3 +37,4 @@ class Hooks:
     committed_blocks: Callable[[], int]
     should_stop: Callable[[], bool]
     note: Callable[[str], None]  # a line for people: a rank was lost, a new attempt begins
+    placed: Callable[[list[dict[str, Any]]], None]  # where an attempt's processes run

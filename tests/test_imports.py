@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BARE = frozenset({"torch", "triton", "safetensors", "numpy"})  # what a bare GPU machine has
+RAY = BARE | {"ray"}
 ACCELERATED = frozenset({"flash_attn", "xformers", "sageattention"})  # what it may have
 
 
@@ -40,7 +41,7 @@ ROOMS: dict[str, Room] = {
     "vidgen.kernels": Room(outside=BARE, lazy=ACCELERATED, alone=True),
     "vidgen.model": Room(engine=("vidgen.kernels", "vidgen.types"), outside=BARE, alone=True),
     "vidgen.codec": Room(engine=LAYERS, outside=BARE, alone=True),
-    "vidgen.conditioning": Room(engine=LAYERS),
+    "vidgen.conditioning": Room(engine=LAYERS, outside=BARE),
     "vidgen.builtin": Room(engine=PARTS, outside=BARE, alone=True),
     "vidgen.stepcache": Room(engine=LAYERS),
     "vidgen.denoise": Room(engine=MATH),
@@ -59,7 +60,11 @@ ROOMS: dict[str, Room] = {
     "vidgen.config": Room(engine=("vidgen.types", "vidgen.conditioning", "vidgen.denoise.timetable")),
     "vidgen.journal": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config", "vidgen.media")),
     "vidgen.limits": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config")),
-    "vidgen.parallel": Room(engine=(*MATH, "vidgen.codec", "vidgen.denoise")),
+    "vidgen.parallel": Room(engine=(*MATH, "vidgen.denoise"), outside=BARE, alone=True),
+    "vidgen.parallel.cluster": Room(engine=(), outside=RAY),
+    "vidgen.parallel.gang": Room(engine=("vidgen.parallel", "vidgen.denoise"), outside=RAY),
+    "vidgen.parallel.coordinator": Room(engine=("vidgen.parallel", "vidgen.denoise"), outside=RAY),
+    "vidgen.execute": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.render": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.engine": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.places": Room(engine=("vidgen.engine", "vidgen.limits")),

@@ -6,15 +6,24 @@ says everything that is needed to repeat it.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from vidgen.types import ContextMode, GuidanceMode, NoiseKind, Recommended, Segment
 
 DEFAULT_NUM_FRAMES = 65
 MAX_COUNT = 10**15  # far past any machine; keeps estimates within what a float can hold
+MAX_RANKS = 4096
 MAX_SHOWN_CHARACTERS = 100
 
 
@@ -24,6 +33,14 @@ def _check_text(value: Any) -> Any:
     if "\0" in text or text.encode("utf-8", "replace").decode() != text:
         raise ValueError("need text of valid UTF-8 without zero bytes")
     return value
+
+
+def _check_ranks(value: Any) -> Any:
+    """The value, if it is a number of ranks or `auto`; one message for both."""
+    is_number = isinstance(value, int) or (isinstance(value, str) and value.strip().isdigit())
+    if value == "auto" or (is_number and not isinstance(value, bool) and 1 <= int(value) <= MAX_RANKS):
+        return value if value == "auto" else int(value)
+    raise ValueError(f"need a whole number from 1 to {MAX_RANKS}, or auto")
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
@@ -85,7 +102,7 @@ class OutputConfig(_Strict):
 class ParallelConfig(_Strict):
     """Which ranks a render runs on. Nothing here changes a frame."""
 
-    ranks: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 1
+    ranks: Annotated[int | Literal["auto"], BeforeValidator(_check_ranks)] = 1
     """Processes that share the model's layers; `auto` takes what the cluster or this machine offers."""
     layers_per_rank: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """The cut by hand; by default it is made from measured costs."""
@@ -95,7 +112,7 @@ class ParallelConfig(_Strict):
     """Ranks on as few or as many nodes as possible."""
     max_restarts: int = Field(default=3, ge=0, le=MAX_COUNT)
     """How often lost ranks are replaced before the render gives up, resumable."""
-    min_ranks: int | None = Field(default=None, ge=2, le=4096)
+    min_ranks: int | None = Field(default=None, ge=2, le=MAX_RANKS)
     """After a loss go on with fewer ranks, down to this many; by default with the same number."""
     heartbeat_timeout_s: float = Field(default=15, gt=0, le=86400, allow_inf_nan=False)
     """A rank that does not answer for so long counts as lost."""
@@ -105,6 +122,12 @@ class ParallelConfig(_Strict):
     """Finished blocks that may wait for the disk before denoising pauses."""
     trace: bool = True
     """Keep what ran when in the job folder, for tools/trace_pipeline.py."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_ranks is not None and self.ranks != "auto" and self.min_ranks > max(self.ranks, 2):
+            raise ValueError(f"min_ranks={self.min_ranks} is more than ranks={self.ranks}; make it less")
+        return self
 
 
 class JobConfig(_Strict):
@@ -229,7 +252,8 @@ def dump_job(config: JobConfig) -> str:
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "job"
     if error["type"] != "extra_forbidden":
-        return f"{key}={_shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{key}={_shown(error['input'])}: {message[0].lower()}{message[1:]}"
     known = _keys(error["loc"][:-1])
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"

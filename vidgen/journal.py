@@ -140,6 +140,12 @@ class Journal:
         row = self._db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
 
+    def place(self, processes: list[dict[str, Any]]) -> None:
+        """Keep where the ranks run, in JOB/ranks.json: for whoever watches them."""
+        with suppress(OSError):
+            write_atomically(self.folder / "ranks.json", json.dumps(processes, indent=1).encode())
+            self.log("ranks: " + ", ".join(f"{p['name']} pid {p['pid']} on {p['host']}" for p in processes))
+
     def log(self, text: str) -> None:
         """Add a line to JOB/log.txt, with the time. Never in the way of a render."""
         with suppress(OSError), (self.folder / "log.txt").open("a", encoding="utf-8") as file:

@@ -157,6 +157,7 @@ class _Run:
             committed_blocks=lambda: self.num_committed,
             should_stop=should_stop,
             note=log,
+            placed=self.journal.place,
         )
         try:
             for step in self.ticks.steps(hooks):

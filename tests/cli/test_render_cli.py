@@ -46,6 +46,8 @@ def test_canonical_flags_reach_the_job(run: Run):
         *("--negative-prompt", "blue", "--model", "builtin", "--state-every", 2, "--timetable", "dualparal"),
         *("--block-frames", 3, "--context-frames", 1, "--stride", 2, "--context-mode", "cache"),
         *("--anchor-frames", 1, "--noise", "independent", "--transition-blocks", 1, "--output", "v.mp4"),
+        *("--guidance", "stacked", "--ranks", 1, "--placement", "spread", "--max-restarts", 1),
+        *("--min-ranks", 2),
         *("--upscale", 2, "--crf", 20, "--save-latents", "l.safetensors", "--no-sheet", "--job", "j"),
     ).code == 0  # fmt: skip
     job = job_of("j").model_dump(mode="json")
@@ -73,6 +75,19 @@ def test_canonical_flags_reach_the_job(run: Run):
             "anchor_frames": 1,
             "noise": "independent",
             "transition_blocks": 1,
+            "guidance": "stacked",
+        },
+        "parallel": {
+            "ranks": 1,
+            "layers_per_rank": None,
+            "address": None,
+            "placement": "spread",
+            "max_restarts": 1,
+            "min_ranks": 2,
+            "heartbeat_timeout_s": 15.0,
+            "link_timeout_s": 120.0,
+            "queue_blocks": 4,
+            "trace": True,
         },
         "output": {"path": "v.mp4", "upscale": 2, "crf": 20, "save_latents": "l.safetensors", "sheet": False},
     }

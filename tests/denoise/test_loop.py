@@ -162,7 +162,7 @@ class Recorder:
     """A DiT that writes down the noise levels it is given."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.levels = model, []
+        self.model, self.levels, self.device = model, [], model.device
 
     def forward_and_lend(
         self, latents: Tensor, levels: Tensor, text: Tensor, context: Context, **options: Any

@@ -125,6 +125,7 @@ class Meddler:
 
     def __init__(self, model: DiT, how: str, num_context: int, levels: list[float]) -> None:
         self.model, self.how, self.num_context, self.levels = model, how, num_context, levels
+        self.device = model.device
 
     def forward_and_lend(
         self, latents: Tensor, levels: Tensor, text: Tensor, context: Context, **options: Any

@@ -2,7 +2,7 @@
 
 import importlib.util
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -178,3 +178,18 @@ def make_task(model: Callable[..., DiT]) -> Callable[..., Task]:
         return replace(task, guidance_mode=mode) if mode else task
 
     return make_task
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A local Ray cluster of this process, as a render starts one, for all renders of a test file."""
+    from vidgen.parallel.cluster import connected
+
+    with connected(None, 4):
+        yield
+
+
+@pytest.fixture(scope="session")
+def jobs() -> ModuleType:
+    """jobs.py; with importlib import mode a test folder is not on the path."""
+    return _load("parallel_jobs", Path(__file__).with_name("jobs.py"))

@@ -68,7 +68,7 @@ class Task:
     @property
     def device(self) -> torch.device:
         """Where the model is, and so all of the work."""
-        return next(self.model.parameters()).device
+        return self.model.device
 
 
 @dataclass

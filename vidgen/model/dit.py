@@ -160,6 +160,11 @@ class DiT(nn.Module):
         return self._add_linear_estimate(self._unfold(out, latents_BCFYX), latents_BCFYX, noise_level_BF)
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+    @property
     def out_channels(self) -> int:
         """Channels that `project` gives per token."""
         patch_channels = self.config.latent_channels * self.config.patch[0] * self.config.patch[1]

@@ -1,0 +1,335 @@
+"""Rank x time of a multi-rank render, drawn: `python tools/trace_pipeline.py JOB -o trace.png`.
+
+Reads JOB/trace.jsonl, which `parallel/evidence.py` appends to, so a running render can be drawn too. Ranks on
+several machines are shown by their own clocks.
+"""
+
+import argparse
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLUMNS = ["attempt", "rank", "tick", "block", "step", "run", "start_s", "stop_s"]
+SPAN = np.dtype([(name, float if name.endswith("_s") else int) for name in COLUMNS])
+MAX_RANKS = 4096
+MAX_TICK_LINES = 60
+DPI = 125
+WIDTH_IN, SIDE_IN, TOP_IN, BOTTOM_IN = 16.0, 0.8, 1.35, 0.65
+WIDTH_PX = round((WIDTH_IN - 2 * SIDE_IN) * DPI)  # of the time axis
+HALF_BAR = 0.41  # in rows
+# a block has the colour of its number's last digit
+COLORS = "#4e79a7 #f28e2b #59a14f #e15759 #76b7b2 #b07aa1 #edc948 #9c6b4e #ff9da7 #3b4a6b".split()
+BUSY, IDLE, INK, FAINT, ALARM = "#3d6a98", "#eceff3", "#20262e", "#6b7480", "#c8102e"
+# a row that a killed process did not finish, and right behind it the first row of the next process
+CUT_AND_WHOLE = re.compile(r"\[[-+\d., e]*\]?(\[[^\[]*\])")
+
+
+def read_trace(job: Path) -> np.ndarray:
+    """All spans in order of their start, in seconds since the first; an unfinished last line is left out."""
+    path = job / "trace.jsonl"
+    if not job.is_dir():
+        raise ValueError(f"{job}: no such folder; give the job folder of a render")
+    if not path.is_file():
+        raise ValueError(f"{job}: no trace.jsonl in it; render on ranks, with parallel.trace on")
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip().split("\n")
+    names = _json(lines[0])
+    if not isinstance(names, list) or not all(name in names for name in COLUMNS):
+        found = f"begins with {lines[0][:60]!r}, not with {json.dumps(COLUMNS)}" if lines[0] else "is empty"
+        raise ValueError(f"{path}: {found}; wait for the render to begin, or give another job")
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        if number == len(lines) and not line.endswith("]"):
+            break
+        joined = CUT_AND_WHOLE.fullmatch(line)
+        values = _json(joined[1] if joined else line)
+        whole = isinstance(values, list) and len(values) == len(names)
+        row = tuple(values[names.index(name)] for name in COLUMNS) if whole else ()
+        if not _is_span(row):
+            raise ValueError(f"{path}, line {number}: {line[:60]!r} is no span; remove that line, try again")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no spans in it; wait until the render has run the model")
+    spans = np.array(sorted(rows, key=lambda row: row[-2]), SPAN)
+    spans["stop_s"] -= spans["start_s"][0]
+    spans["start_s"] -= spans["start_s"][0]
+    return spans
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _is_span(row: tuple[Any, ...]) -> bool:
+    types = [type(value) for value in row]  # not isinstance: true is no number here
+    if types[:6] != [int] * 6 or not set(types[6:]) <= {int, float}:
+        return False
+    return min(row) >= 0 and max(row[:6]) < 2**31 and row[1] < MAX_RANKS and row[6] <= row[7] < 1e12
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What lies between two moments, in seconds since the first span."""
+
+    from_s: float
+    to_s: float
+    lanes: list[np.ndarray]  # each rank's spans, cut at both moments and where they overlap
+    ticks: np.ndarray  # rank 0's first span of each tick
+    restarts_s: dict[str, tuple[float, float]]  # last stop before, first start after
+
+    @property
+    def num_spans(self) -> int:
+        return sum(lane.size for lane in self.lanes)
+
+    @property
+    def busy_shares(self) -> list[float]:
+        """Each rank's share of the time in which it ran the model, in [0, 1]."""
+        return [
+            float(np.sum(lane["stop_s"] - lane["start_s"])) / (self.to_s - self.from_s) for lane in self.lanes
+        ]
+
+    def labels(self, places_s: Iterable[tuple[Any, float]], least_px: int) -> Iterator[tuple[str, float]]:
+        """The places in view that lie far enough from the label before to get their own."""
+        last_s = -math.inf
+        for label, place_s in places_s:
+            if (place_s - last_s) * WIDTH_PX >= least_px * (self.to_s - self.from_s):
+                last_s = place_s
+                yield str(label), place_s
+
+
+def look(spans: np.ndarray, from_s: float | None = None, to_s: float | None = None) -> View:
+    """The view of a part of the trace, by default of all; ValueError when nothing is there."""
+    end_s = max(float(spans["stop_s"].max()), 1e-6)
+    low_s, high_s = 0.0 if from_s is None else from_s, end_s if to_s is None else to_s
+    if not low_s < high_s:
+        raise ValueError(
+            f"--from-s {low_s:g} is not before --to-s {high_s:g}; the trace has 0 to {end_s:g} s"
+        )
+    low_s, high_s = max(low_s, 0.0), min(high_s, end_s)
+    seen = spans[(spans["start_s"] <= high_s) & (spans["stop_s"] >= low_s)]
+    if not seen.size or not low_s < high_s:
+        raise ValueError(
+            f"--from-s, --to-s: no span in view; the trace has 0 to {end_s:g} s, show part of that"
+        )
+    lanes = [seen[seen["rank"] == rank] for rank in range(spans["rank"].max() + 1)]
+    for lane in lanes:
+        until_s = np.maximum.accumulate(np.append(low_s, lane["stop_s"]))[:-1]
+        lane["start_s"] = np.maximum(lane["start_s"], until_s).clip(low_s, high_s)
+        lane["stop_s"] = np.maximum(lane["start_s"], lane["stop_s"]).clip(low_s, high_s)
+    first = spans[spans["rank"] == 0]
+    ticks = first[np.sort(np.unique(first[["attempt", "tick"]], return_index=True)[1])]
+    restarts_s = {}
+    for attempt in range(1, spans["attempt"].max() + 1):
+        before, after = spans[spans["attempt"] < attempt], spans[spans["attempt"] == attempt]
+        if before.size and after.size and low_s <= (start_s := float(after["start_s"][0])):
+            stop_s = min(start_s, float(before["stop_s"].max()))
+            restarts_s |= {f"restart {attempt}": (stop_s, start_s)} if stop_s <= high_s else {}
+    ticks = ticks[(ticks["start_s"] >= low_s) & (ticks["start_s"] <= high_s)]
+    return View(from_s=low_s, to_s=high_s, lanes=lanes, ticks=ticks, restarts_s=restarts_s)
+
+
+def summary(view: View) -> Iterator[str]:
+    """A line per rank."""
+    for rank, (lane, share) in enumerate(zip(view.lanes, view.busy_shares, strict=True)):
+        gaps_s = lane["start_s"][1:] - lane["stop_s"][:-1]
+        text = f"rank {rank}: {_count(lane.size, 'span')}, busy {share:.1%}"
+        if gaps_s.size:
+            at = int(gaps_s.argmax())
+            why = " (restart)" if lane["attempt"][at] != lane["attempt"][at + 1] else ""
+            text += f", longest gap {gaps_s[at] * 1e3:.1f} ms at {lane['stop_s'][at]:.3f} s{why}"
+        yield text
+
+
+def _count(num: int, noun: str) -> str:
+    return f"{num:,} {noun}" + "s" * (num != 1)
+
+
+def chrome_trace(spans: np.ndarray) -> str:
+    """All spans as Chrome trace JSON, an event per line, in microseconds since the first start."""
+    events: list[dict[str, Any]] = []
+    for attempt, rank in np.unique(spans[["attempt", "rank"]]).tolist():
+        for kind, label in (("process_name", f"attempt {attempt}"), ("thread_name", f"rank {rank}")):
+            events.append({"name": kind, "ph": "M", "pid": attempt, "tid": rank, "args": {"name": label}})
+    for attempt, rank, tick, block, step, run, start_s, stop_s in spans.tolist():
+        start_us, stop_us = round(start_s * 1e6), round(stop_s * 1e6)
+        event = {"name": f"block {block} step {step}", "ph": "X", "pid": attempt, "tid": rank}
+        events.append(event | {"ts": start_us, "dur": stop_us - start_us, "args": {"tick": tick, "run": run}})
+    return '{"displayTimeUnit": "ms", "traceEvents": [\n' + ",\n".join(map(json.dumps, events)) + "\n]}\n"
+
+
+def draw(view: View, name: str) -> bytes:
+    """A PNG, 2000 pixels wide; so many spans that most are below a pixel become a shade of how busy a rank is."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    row_in = min(0.5, max(0.06, 16 / len(view.lanes)))
+    height_in = round((TOP_IN + BOTTOM_IN + row_in * len(view.lanes)) * DPI) / DPI
+    figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI)
+    left, bottom, top = SIDE_IN / WIDTH_IN, BOTTOM_IN / height_in, TOP_IN / height_in
+    limits = {"xlim": (view.from_s, view.to_s), "ylim": (len(view.lanes) - 0.5, -0.5)}
+    axes = figure.add_axes((left, bottom, 1 - 2 * left, 1 - bottom - top), **limits)
+    widths_s = np.concatenate([lane["stop_s"] - lane["start_s"] for lane in view.lanes])
+    is_dense = bool(np.median(widths_s) * WIDTH_PX < view.to_s - view.from_s)
+    for rank, lane in enumerate(view.lanes):
+        _draw_lane(axes, view, rank, lane, is_dense=is_dense, is_numbered=row_in > 0.15)
+    _draw_marks(axes, view)
+    _draw_labels(axes, view, every=math.ceil(0.15 / row_in))
+    _draw_title(axes, view, name, is_dense=is_dense)
+    out = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(out)
+    return out.getvalue()
+
+
+def _ink_on(color: Any) -> str:
+    from matplotlib.colors import to_rgb
+
+    return "white" if np.dot(to_rgb(color), (0.3, 0.59, 0.11)) < 0.6 else INK
+
+
+def _draw_lane(
+    axes: "Axes", view: View, rank: int, lane: np.ndarray, *, is_dense: bool, is_numbered: bool
+) -> None:
+    """One rank's bars, as an image of one column per pixel, which is exact for any number of spans."""
+    from matplotlib.colors import to_rgb
+
+    colors = np.array([to_rgb(BUSY if is_dense else color) for color in COLORS])[lane["block"] % len(COLORS)]
+    if not is_dense:
+        colors += (1 - colors) * 0.3 * lane["run"].clip(0, 2)[:, None]  # later branches are paler
+    # the amount of a colour up to a moment is linear between starts and stops
+    widths_s = lane["stop_s"] - lane["start_s"]
+    amounts = np.cumsum(widths_s[:, None] * (colors - to_rgb(IDLE)), axis=0)
+    moments_s = np.stack([lane["start_s"], lane["stop_s"]], axis=1).ravel()
+    edges_s = np.linspace(view.from_s, view.to_s, WIDTH_PX + 1)
+    pixels = np.tile(to_rgb(IDLE), (WIDTH_PX, 1))
+    for channel, amount in enumerate(amounts.T if lane.size else ()):
+        up_to = np.append(0, np.repeat(amount, 2)[:-1])
+        pixels[:, channel] += np.diff(np.interp(edges_s, moments_s, up_to)) / np.diff(edges_s)
+    extent = (view.from_s, view.to_s, rank + HALF_BAR, rank - HALF_BAR)
+    axes.imshow(pixels.clip(0, 1)[None], extent=extent, aspect="auto", interpolation="nearest")
+    widths_px = widths_s * WIDTH_PX / (view.to_s - view.from_s)
+    axes.vlines(
+        lane["start_s"][widths_px > 4], rank - HALF_BAR, rank + HALF_BAR, color="white", linewidth=0.7
+    )
+    for i in (
+        np.flatnonzero(widths_px > 6 + 8 * np.char.str_len(lane["step"].astype(str))) if is_numbered else ()
+    ):
+        style = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "color": _ink_on(colors[i])}
+        axes.text(lane["start_s"][i] + widths_s[i] / 2, rank, str(lane["step"][i]), **style)
+
+
+def _draw_marks(axes: "Axes", view: View) -> None:
+    """Dashed lines where ticks start on rank 0; restarts, from the last stop to the first start."""
+    above: Any = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "va": "bottom"}
+    if 0 < view.ticks.size < MAX_TICK_LINES:
+        starts_s = view.ticks["start_s"]
+        axes.vlines(starts_s, *axes.get_ylim(), color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
+        for tick, start_s in view.labels(zip(view.ticks["tick"], starts_s, strict=True), 26):
+            axes.annotate(tick, (start_s, 1), (0, 4), fontsize=8, color=FAINT, ha="center", **above)
+        axes.annotate("tick", (view.from_s, 1), (-12, 4), fontsize=8, color=FAINT, ha="right", **above)
+    for stop_s, start_s in view.restarts_s.values():
+        axes.axvspan(stop_s, start_s, color=ALARM, alpha=0.15, linewidth=0)
+        axes.axvline(start_s, color=ALARM, linewidth=1.6)
+    ends_s = ((label, min(start_s, view.to_s)) for label, (_, start_s) in view.restarts_s.items())
+    for label, start_s in view.labels(ends_s, 80):
+        axes.annotate(label, (start_s, 1), (0, 17), fontsize=9, color=ALARM, ha="center", **above)
+
+
+def _draw_labels(axes: "Axes", view: View, every: int) -> None:
+    """Rank names on the left, busy shares on the right, the time axis."""
+    rows = range(0, len(view.lanes), every)
+    axes.set_yticks(rows, [f"rank {row}" for row in rows])
+    axes.tick_params(labelsize=10, labelcolor=INK, color=FAINT)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(FAINT)
+    axes.set_xlabel("seconds since the first span", fontsize=10, color=INK)
+    style: Any = {"textcoords": "offset points", "color": INK, "fontsize": 10, "va": "center_baseline"}
+    for row in rows:
+        share = f"{view.busy_shares[row]:.0%}"
+        axes.annotate(share, (1, row), (7, 0), xycoords=axes.get_yaxis_transform(), **style)
+    style |= {"color": FAINT, "fontsize": 8, "va": "bottom"}
+    axes.annotate("busy", (1, 1), (7, 4), xycoords="axes fraction", **style)
+
+
+def _draw_title(axes: "Axes", view: View, name: str, *, is_dense: bool) -> None:
+    """Two lines of text above all, and the key to the colours."""
+    style: Any = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 10, "color": INK}
+    counts = f"{_count(len(view.lanes), 'rank')}, {_count(view.num_spans, 'span')}"
+    text = f"{counts}, mean busy share {np.mean(view.busy_shares):.1%}"
+    axes.annotate(text, (0, 1), (0, 64), **style | {"fontsize": 15, "weight": "bold"})
+    restarts = f", {_count(len(view.restarts_s), 'restart')}" * bool(view.restarts_s)
+    meaning = "the darker, the busier" if is_dense else "a bar is a run of the model, in it the step"
+    text = f"{name[:80]}: {view.from_s:.5g} to {view.to_s:.5g} s{restarts}; {meaning}"
+    axes.annotate(text, (0, 1), (0, 46), **style | {"color": FAINT, "parse_math": False})
+    blocks = np.unique(np.concatenate([lane["block"] for lane in view.lanes]))
+    digits = [] if is_dense else np.unique(blocks % len(COLORS))[::-1].tolist()
+    for i, digit in enumerate(digits):
+        color = COLORS[digit]
+        style |= {"bbox": {"boxstyle": "round,pad=0.35", "facecolor": color, "edgecolor": "none"}}
+        axes.annotate(str(digit), (1, 1), (-8 - 19 * i, 66), ha="center", **style | {"color": _ink_on(color)})
+    if digits:
+        word = "block" if blocks[-1] < len(COLORS) else "last digit of the block"
+        axes.annotate(word, (1, 1), (-8 - 19 * len(digits), 66), ha="right", **style | {"bbox": None})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help")
+
+
+def _arguments(words: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="trace_pipeline", description=__doc__)
+    parser.add_argument("job", type=Path, help="the folder of a render on ranks")
+    parser.add_argument("-o", dest="png", metavar="FILE.png", type=Path, required=True, help="the picture")
+    parser.add_argument("--chrome", metavar="FILE.json", type=Path, help="for chrome://tracing and Perfetto")
+    parser.add_argument(
+        "--from-s", metavar="A", type=float, help="show from here, seconds since the first span"
+    )
+    parser.add_argument("--to-s", metavar="B", type=float, help="show up to here")
+    given = parser.parse_args(words)
+    for path, suffix in ((given.png, ".png"), (given.chrome, ".json")):
+        if path and (path.suffix != suffix or path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError(f"{path}: cannot write this; name a {suffix} file in a folder that exists")
+    return given
+
+
+def main(words: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 after a line on stderr. Files are replaced once all of them are made."""
+    try:
+        given = _arguments(words)
+        spans = read_trace(given.job)
+        view = look(spans, given.from_s, given.to_s)
+        files = {given.png: draw(view, given.job.resolve().name)}
+        if given.chrome:
+            files[given.chrome] = chrome_trace(spans).encode()
+        parts = {path.with_name(path.name + ".part"): content for path, content in files.items()}
+        for part, content in parts.items():
+            part.write_bytes(content)
+        for part, path in zip(parts, files, strict=True):
+            part.replace(path)
+        print("\n".join(summary(view)))
+    except ModuleNotFoundError as error:
+        message = f"{error.name} is missing; pip install {error.name}"
+    except (OSError, ValueError) as error:
+        message = str(error)
+    else:
+        return 0
+    print(f"trace_pipeline: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
