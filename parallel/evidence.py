@@ -7,7 +7,7 @@ from typing import Any
 
 from vidgen.denoise.loop import Task
 from vidgen.parallel.pipeline import Span
-from vidgen.parallel.slots import slot_bound
+from vidgen.parallel.slots import least_slots
 from vidgen.parallel.topology import Topology
 
 COLUMNS = ["attempt", "rank", *Span.__slots__]
@@ -30,8 +30,11 @@ class Evidence:
                 "num_ranks": topology.num_stages,
                 "layers_per_rank": list(topology.layers_per_stage),
                 "first_tick": first_tick,
-                "slot_bound": slot_bound(
-                    self.task.timetable, topology.num_stages, self.task.runs_per_forward, first_tick
+                "least_slots": least_slots(
+                    self.task.timetable,
+                    topology.num_stages,
+                    self.task.runs_per_forward,
+                    first_tick=first_tick,
                 ),
                 "ranks": places,
             }
@@ -48,10 +51,12 @@ class Evidence:
         items, slots = last.get("items", 0), last.get("last_slot", 0)
         num_ranks = attempt["num_ranks"]
         attempt["slots"] = slots
-        attempt["utilisation"] = round(min(1.0, attempt["slot_bound"] / slots), 4) if slots else 0.0
+        attempt["utilisation"] = round(attempt["least_slots"] / slots, 4) if slots else 0.0
         attempt["bubble_share"] = round(1 - items / slots, 4) if slots else 0.0
+        began = min(rank.get("began_s", 0) for rank in attempt["ranks"])
+        attempt["working_s"] = round(max(rank.get("ended_s", 0) for rank in attempt["ranks"]) - began, 3)
         busy = sum(rank.get("busy_s", 0) for rank in attempt["ranks"])
-        attempt["busy_share"] = round(busy / num_ranks / max(attempt["seconds"], 1e-9), 4)
+        attempt["busy_share"] = round(busy / num_ranks / max(attempt["working_s"], 1e-9), 4)
         attempt["bytes_per_link"] = {
             f"{rank}->{(rank + 1) % num_ranks}": found.get("bytes_sent", 0)
             for rank, found in enumerate(attempt["ranks"])

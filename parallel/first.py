@@ -83,8 +83,7 @@ class FirstStage(StageRun):
         self.max_in_flight = max_in_flight or default_in_flight(stage.num_stages)
         self.keepalive_s = keepalive_s
         self._in_flight: deque[tuple[InFlight, Header]] = deque()
-        self._came_back: dict[tuple[int, int], int] = {}  # (block, steps done) -> slot
-        self._freed_slot = 0
+        self._came_back_slot = 0  # of the newest result, which was taken because somebody needed it
         self._lent_after: dict[int, Lent] = {}
 
     @torch.inference_mode()
@@ -103,7 +102,7 @@ class FirstStage(StageRun):
         tick = self.next_tick
         forwards = self.timetable.forwards(tick)
         for forward in forwards:
-            slots = self._take_what_it_reads(forward, watcher)
+            self._take_what_it_reads(forward, watcher)
             own = self.blocks[forward.block]
             window = make_window(self.task, self.blocks, forward, own)
             levels = window.noise_level_BF[:, window.frames_before :]
@@ -114,7 +113,7 @@ class FirstStage(StageRun):
                 while len(self._in_flight) >= self.max_in_flight:
                     self._take_one(watcher)
                 item = Header(Kind.WORK, tick, forward.block, forward.step, run)
-                item = item._replace(slot=self.next_slot(self._freed_slot, *slots))
+                item = item._replace(slot=self.next_slot(self._came_back_slot))
                 parts = self.work(item, partial(self._compute, item, window, text))
                 self.send(item, parts)
                 self._in_flight.append((started, item))
@@ -128,8 +127,8 @@ class FirstStage(StageRun):
         tokens = self.run_layers(item, tokens, shared, window.frames_before)
         return tokens, shared.noise_BFD, shared.noise_BF6D, shared.text_BND
 
-    def _take_what_it_reads(self, forward: Forward, watcher: Watcher) -> list[int]:
-        """Wait for the versions a forward reads; the slots in which they came back."""
+    def _take_what_it_reads(self, forward: Forward, watcher: Watcher) -> None:
+        """Take results until the versions that a forward reads are here."""
         reads = [(forward.block, forward.step)]
         if forward.before_latents is not None:
             reads.append((forward.before_latents.block, forward.before_latents.step))
@@ -138,7 +137,6 @@ class FirstStage(StageRun):
         for block, steps_done in reads:
             while self.blocks[block].steps_done < steps_done:
                 self._take_one(watcher)
-        return [self._came_back.get(read, 0) for read in reads]
 
     def _take_one(self, watcher: Watcher) -> None:
         """Receive the oldest item's result; with a forward's last one, take the solver's step."""
@@ -146,7 +144,7 @@ class FirstStage(StageRun):
         started, item = self._in_flight.popleft()
         if not header.same_item(item):
             raise AssertionError(f"rank {self.stage.index}: expected {item}, got {header}")
-        self._freed_slot = header.slot
+        self._came_back_slot = header.slot
         own = started.own
         shapes = self.shapes.result(own.latents_BCFYX.shape[2])
         (out,) = self.links.incoming.layout.read(buffer, shapes)
@@ -162,8 +160,6 @@ class FirstStage(StageRun):
         block, velocity = started.forward.block, combine(started.velocities, self.task.guidance_scale)
         stepped = take_step(self.task, started.forward, own, velocity)
         self.blocks[block] = stepped
-        self._came_back.pop((block, stepped.steps_done - 1), None)
-        self._came_back[block, stepped.steps_done] = header.slot
         if stepped.steps_done == self.timetable.num_steps:
             watcher.finished(FinishedBlock(self.timetable.block(block), stepped.latents_BCFYX))
         if started.is_last_of_tick:
@@ -174,7 +170,6 @@ class FirstStage(StageRun):
         kept = self.timetable.kept_after(tick)
         for block in [block for block in self.blocks if block < kept.start]:
             del self.blocks[block]
-            self._came_back.pop((block, self.timetable.num_steps), None)
         self.ticks_done = tick + 1
         if self.is_saved_after(tick):
             watcher.save(self._state(kept, self._lent_after.pop(tick)))

@@ -99,6 +99,8 @@ class Stats:
     receive_wait_s: float = 0.0
     send_wait_s: float = 0.0
     last_slot: int = 0
+    began_s: float = 0.0  # since the epoch: the first run of the model
+    ended_s: float = 0.0  # the newest
     spans: list[Span] = field(default_factory=list)  # emptied by whoever collects them
 
 
@@ -170,6 +172,8 @@ class StageRun:
         done = action()
         took = time.monotonic() - start
         self.stats.busy_s += took
+        self.stats.began_s = self.stats.began_s or begun
+        self.stats.ended_s = begun + took
         if self.trace:
             self.stats.spans.append(Span(item.tick, item.block, item.step, item.run, begun, begun + took))
         return done

@@ -21,7 +21,7 @@ from torch import Tensor
 from vidgen.denoise.loop import FinishedBlock, LoopState, Task
 from vidgen.parallel.costs import Costs, measure_costs
 from vidgen.parallel.first import FirstStage, default_in_flight
-from vidgen.parallel.pipeline import LaterStage, Links, Shapes, StageRun
+from vidgen.parallel.pipeline import LaterStage, Links, Shapes, StageRun, Stats
 from vidgen.parallel.place import Placed, place
 from vidgen.parallel.topology import Stage, Topology
 from vidgen.parallel.torch_links import (
@@ -253,8 +253,9 @@ class Rank:
         if torch.device(self.blueprint.device).type == "cuda":
             found["peak_device_bytes"] = torch.cuda.max_memory_allocated()
         if run is not None:
-            for name in ("items", "busy_s", "receive_wait_s", "send_wait_s", "last_slot"):
-                found[name] = getattr(run.stats, name)
+            for name in Stats.__dataclass_fields__:
+                if name != "spans":
+                    found[name] = getattr(run.stats, name)
             found["bytes_sent"] = run.links.outgoing.bytes_sent
         return found
 

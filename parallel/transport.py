@@ -173,6 +173,7 @@ def write_message(layout: MessageLayout, buffer: Tensor, header: Header, parts: 
     if header.kind == Kind.WORK:
         layout.write(buffer, header, parts)
     else:
+        assert not parts, "only work has parts"
         MessageLayout((), layout.dtype).write(buffer, header, ())
 
 

@@ -22,13 +22,28 @@ def render(
     """Time renders end to end: seconds per frame, time to the first frame, peak memory."""
     from vidgen.bench.rendering import bench_render
 
-    try:
-        numbers = [int(length) for length in lengths.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ValueError(f"--lengths={lengths}: need whole numbers above 0 with commas, such as 65,257")
-    return _show(bench_render(numbers), json_file)
+    return _show(bench_render(_numbers("--lengths", lengths)), json_file)
+
+
+@bench.command()
+def pipeline(
+    ranks: Annotated[str, typer.Option("--ranks", metavar="N,N,...", help="to compare")] = "1,2,4",
+    num_frames: Annotated[
+        int, typer.Option("--num-frames", metavar="N", help="long: at least 4 blocks per step", min=1)
+    ] = 1297,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="medians are shown", min=1)] = 3,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", metavar="N,N,...", help="instead: one number of ranks, these")
+    ] = None,
+    json_file: Json = None,
+) -> int:
+    """Time renders on several numbers of ranks: speed-up, use of slots, memory and bytes per rank."""
+    from vidgen.bench.pipeline import bench_lengths, bench_pipeline
+
+    counts = _numbers("--ranks", ranks)
+    if lengths is not None:
+        return _show(bench_lengths(_numbers("--lengths", lengths), counts[-1]), json_file)
+    return _show(bench_pipeline(num_frames, counts, repeats), json_file)
 
 
 @bench.command()
@@ -37,6 +52,16 @@ def model(json_file: Json = None) -> int:
     from vidgen.bench.forward import bench_model
 
     return _show(bench_model(), json_file)
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ValueError(f"{flag}={text}: need whole numbers above 0 with commas, such as 65,257")
+    return numbers
 
 
 def _show(rows: list[dict[str, object]], json_file: Path | None) -> int:
