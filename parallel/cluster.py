@@ -94,6 +94,11 @@ def _ray_set(*, loopback_only: bool) -> Iterator[None]:
             os.environ[CLUSTERS_VARIABLE] = variable
 
 
+def wanted_address(address: str | None) -> str | None:
+    """The address of the cluster to join: the given one, else RAY_ADDRESS, else none."""
+    return address or os.environ.get("RAY_ADDRESS") or None
+
+
 def local_ranks() -> int:
     """Ranks that this machine has room for: its GPUs, else the cores that this process may use."""
     import torch

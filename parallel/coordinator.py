@@ -4,6 +4,7 @@ It never touches tensors of the pipeline. What it hands on is safe to commit in 
 state follows the blocks that were finished before it.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from vidgen.parallel.evidence import Evidence, SpanFile
 from vidgen.parallel.gang import Gang, GangConfig, GangFailed
 from vidgen.parallel.rank import Blueprint, blocks_before
 from vidgen.parallel.steps import Decode, Hooks, Step
+
+SETTLE_S = 5.0  # how long a cluster may take to notice what has been freed
 
 
 class RanksFailed(RuntimeError):
@@ -87,6 +90,9 @@ class Coordinator:
         config = replace(self.config, name=f"{self.config.name}-{attempt}")
         if attempt == 0 or self.min_ranks is None:
             return config
-        asked = self.config.needs.num_ranks
-        num_ranks = max(self.min_ranks, min(asked, offered_ranks(self.config.needs.device)))
+        asked, deadline = self.config.needs.num_ranks, time.monotonic() + SETTLE_S
+        # what the last gang held comes back in a moment
+        while (offered := offered_ranks(self.config.needs.device)) < asked and time.monotonic() < deadline:
+            time.sleep(0.2)
+        num_ranks = max(self.min_ranks, min(asked, offered))
         return replace(config, needs=replace(config.needs, num_ranks=num_ranks))

@@ -42,6 +42,7 @@ FLAGS = (
     Flag("shift", "--shift --sample_shift --flow-shift", "X", "pushes noise levels toward 1"),
     Flag("seed", "--seed --base_seed", "N", "the same seed gives the same frames (default: 0)"),
     Flag("model", "--model --ckpt_dir", "NAME|FILE", "see `vidgen models` (default: builtin)"),
+    Flag("device", "--device", "auto|cpu|cuda", "where the model runs (default: a GPU if there is one)"),
     Flag("threads", "--threads", "N", "CPU threads; they decide the last bits (default: the model's)"),
     Flag("state_every", "--state-every", "TICKS", "between two saved states (default: 8)"),
     Flag("queue.timetable", "--timetable", "dualparal|full", "blocks in a queue, or all frames at once"),

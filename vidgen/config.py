@@ -5,6 +5,8 @@ says everything that is needed to repeat it.
 """
 
 import difflib
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -146,6 +148,8 @@ class JobConfig(_Strict):
     seed: int = Field(default=0, ge=0, lt=2**63)
     model: Text = "builtin"
     """`builtin` or the path of a checkpoint."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; `auto` takes a GPU where there is one. It decides the last bits, like threads."""
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of torch; part of a job because sums of floats depend on it."""
     state_every: int = Field(default=8, ge=1)
@@ -247,6 +251,13 @@ def parse_job(values: Any, source: str = "job") -> JobConfig:
 def dump_job(config: JobConfig) -> str:
     """The job as YAML, every value in it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def frames_digest(config: JobConfig) -> str:
+    """SHA-256 of all settings that decide a frame or its encoding; the others may change between runs."""
+    values = config.model_dump(mode="json", exclude={"parallel", "state_every", "device"})
+    values["output"] = {name: values["output"][name] for name in ("upscale", "crf")}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _explain(error: Any) -> str:

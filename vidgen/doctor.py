@@ -62,6 +62,7 @@ def _versions() -> Iterator[Finding]:
     )
     for name in REQUIRED:
         yield _package(name, required=True, advice=INSTALL)
+    yield _package("ray", required=False, advice="`vidgen render --ranks N` needs it: pip install ray")
     # its last release has wheels for this platform only; PyAV reads videos elsewhere
     decord_fits = sys.platform == "linux" and platform.machine() == "x86_64"
     yield _package("decord", required=decord_fits, advice=INSTALL if decord_fits else "PyAV is used instead")

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vidgen.builtin import BUILTIN_PATH, SmallModel, load_small
+from vidgen.builtin import BUILTIN_PATH, SmallModel, load_dit, load_small
 from vidgen.codec.dct import DctCodec
 from vidgen.conditioning.prompts import BlockTexts, Timeline
 from vidgen.config import JobConfig, parse_job, resolve
@@ -57,7 +57,9 @@ class Engine:
         self.model, self.name, self.checkpoint = model, name, checkpoint
 
     @classmethod
-    def from_pretrained(cls, path: str | Path = "builtin", *, with_dit: bool = True) -> Self:
+    def from_pretrained(
+        cls, path: str | Path = "builtin", *, device: str = "cpu", with_dit: bool = True
+    ) -> Self:
         """The model of that name or checkpoint file. ValueError in one line when there is none.
 
         Without its DiT it can plan, encode and decode, and ranks read the DiT's layers for themselves.
@@ -66,7 +68,14 @@ class Engine:
         checkpoint = BUILTIN_PATH if name == "builtin" else Path(path)
         if not checkpoint.is_file():
             raise ValueError(f"model={name}: no such model or file; `vidgen models` lists what there is")
-        return cls(load_small(checkpoint, with_dit=with_dit), name, checkpoint)
+        engine = cls(load_small(checkpoint, with_dit=False), name, checkpoint)
+        if with_dit:
+            engine.load_dit(device)
+        return engine
+
+    def load_dit(self, device: str) -> None:
+        """Read the DiT's weights onto a device, where it was left out at first."""
+        load_dit(self.checkpoint, self.model.dit, device)
 
     def sha256(self) -> str:
         """Of the checkpoint: what a job remembers of its model."""

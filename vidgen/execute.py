@@ -7,16 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from vidgen.builtin import load_dit
+import torch
+
 from vidgen.config import ParallelConfig
 from vidgen.denoise.loop import run_tick
 from vidgen.engine import Engine, Plan, load_decode
 from vidgen.parallel.steps import Decoded, Hooks, Step
 from vidgen.parallel.topology import by_hand, check_num_ranks
 
+Device = Literal["cpu", "cuda"]
+
 
 class Executor(Protocol):
     """Runs a job's ticks from its last state on."""
+
+    @property
+    def device(self) -> Device:
+        """Where the model runs."""
+        ...
 
     def steps(self, hooks: Hooks) -> Iterator[Step]:
         """What there is to commit, in order, until the last tick or until asked to stop."""
@@ -30,20 +38,21 @@ class Executor(Protocol):
 class InOneProcess:
     """The loop itself."""
 
-    def __init__(self, engine: Engine, plan: Plan) -> None:
+    def __init__(self, engine: Engine, plan: Plan, device: Device) -> None:
         self.engine, self.plan = engine, plan
+        self.device: Device = device
 
     def steps(self, hooks: Hooks) -> Iterator[Step]:
         """See Executor.steps."""
         task = self.plan.task
         if task.device.type == "meta":
-            load_dit(self.engine.checkpoint, self.engine.model.dit)
+            self.engine.load_dit(self.device)
         state = hooks.load_state()
         while state.next_tick < task.timetable.num_ticks:
             decoded = [
                 Decoded(
                     block=finished.block.index,
-                    latents=finished.latents_BCFYX,
+                    latents=finished.latents_BCFYX.cpu(),
                     frames=self.engine.decode(finished.latents_BCFYX),
                 )
                 for finished in run_tick(task, state)
@@ -61,13 +70,12 @@ class InOneProcess:
 class OnRanks:
     """Ranks under Ray, which is connected."""
 
-    def __init__(
-        self, engine: Engine, plan: Plan, folder: Path, num_ranks: int, device: Literal["cpu", "cuda"]
-    ):
+    def __init__(self, engine: Engine, plan: Plan, folder: Path, num_ranks: int, device: Device):
         from vidgen.parallel.cluster import Needs, check_room
         from vidgen.parallel.gang import GangConfig
 
         self.engine, self.plan, self.folder = engine, plan, folder
+        self.device: Device = device
         parallel = plan.job.parallel
         self.needs = Needs(num_ranks=num_ranks, device=device)
         check_room(self.needs)
@@ -127,23 +135,32 @@ def check_parallel(parallel: ParallelConfig, num_layers: int) -> None:
         check_num_ranks(parallel.ranks, num_layers)
 
 
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], *, cluster_has_gpus: bool | None = None) -> Device:
+    """What `auto` is here. ValueError for a GPU where there is none; by default this machine is asked."""
+    if wanted == "cpu":
+        return "cpu"
+    has_gpus = torch.cuda.is_available() if cluster_has_gpus is None else cluster_has_gpus
+    if wanted == "cuda" and not has_gpus:
+        raise ValueError("device=cuda: torch finds no GPU here; leave it out, or see `vidgen doctor`")
+    return "cuda" if has_gpus else "cpu"
+
+
 @contextmanager
 def executor(engine: Engine, plan: Plan, folder: Path) -> Iterator[Executor]:
     """Who runs the plan; Ray is connected within, if it takes more than one rank. ValueError in one line."""
-    parallel, num_layers = plan.job.parallel, engine.model.dit.config.num_layers
-    address = parallel.address
-    ranks = parallel.ranks
-    if ranks == "auto" and address is None:
-        from vidgen.parallel.cluster import local_ranks
+    from vidgen.parallel.cluster import connected, has_gpus, local_ranks, offered_ranks, wanted_address
 
+    parallel, num_layers = plan.job.parallel, engine.model.dit.config.num_layers
+    address, ranks = wanted_address(parallel.address), parallel.ranks
+    if ranks == "auto" and address is None:
         ranks = min(local_ranks(), num_layers)
     if ranks == 1:
-        yield InOneProcess(engine, plan)
+        yield InOneProcess(engine, plan, choose_device(plan.job.device))
         return
-    from vidgen.parallel.cluster import connected, has_gpus, offered_ranks
-
     with connected(address, None if ranks == "auto" else ranks):
-        device: Literal["cpu", "cuda"] = "cuda" if has_gpus() else "cpu"
+        device = choose_device(plan.job.device, cluster_has_gpus=has_gpus())
         if ranks == "auto":
             ranks = min(offered_ranks(device), num_layers)
-        yield OnRanks(engine, plan, folder, ranks, device) if ranks > 1 else InOneProcess(engine, plan)
+        yield (
+            OnRanks(engine, plan, folder, ranks, device) if ranks > 1 else InOneProcess(engine, plan, device)
+        )

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vidgen.config import JobConfig, dump_job, parse_job, read_yaml
+from vidgen.config import JobConfig, dump_job, frames_digest, parse_job, read_yaml
 from vidgen.denoise.lending import BranchKeyValues
 from vidgen.denoise.loop import BlockState, LoopState
 from vidgen.media.blocks import WrittenBlock
@@ -30,6 +30,7 @@ from vidgen.media.segments import write_atomically
 from vidgen.model.context import KeyValue
 
 STATES_KEPT = 2
+DIGEST = "frames_digest"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS blocks (
     block INTEGER PRIMARY KEY, first_frame INTEGER NOT NULL, num_frames INTEGER NOT NULL,
@@ -72,6 +73,14 @@ class Journal:
         self._db = sqlite3.connect(folder / "journal.sqlite", isolation_level=None)
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.executescript(SCHEMA)
+        if create is not None:
+            self.note(DIGEST, frames_digest(self.job))
+        elif self.fact(DIGEST) not in (None, frames_digest(self.job)):
+            self.__exit__(None, None, None)
+            raise ValueError(
+                f"{job_file}: its settings are not those that this job began with; put them back, or start a "
+                "new job (settings under `parallel` may change)"
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -66,7 +66,7 @@ def render(
     after a tick, and when true the job is left resumable and Interrupted raised.
     """
     folder = folder or config.output.path.with_suffix(".job")
-    engine = Engine.from_pretrained(config.model, with_dit=config.parallel.ranks == 1)
+    engine = Engine.from_pretrained(config.model, with_dit=False)
     check_parallel(config.parallel, engine.model.dit.config.num_layers)
     plan = engine.plan(config)
     check_places(plan, folder, overwrite)
@@ -107,7 +107,7 @@ def resume(
     """
     with Journal(folder) as journal:
         job = override_parallel(journal.job, parallel or {})
-        engine = Engine.from_pretrained(job.model, with_dit=job.parallel.ranks == 1)
+        engine = Engine.from_pretrained(job.model, with_dit=False)
         check_parallel(job.parallel, engine.model.dit.config.num_layers)
         if journal.fact("model_sha256") not in (None, engine.sha256()):
             raise ValueError(f"{folder}: model={job.model} has changed since; start the job anew")
@@ -151,6 +151,7 @@ class _Run:
             note(text)
 
         self.note, self.should_stop = log, should_stop
+        self._compare_device()
         report(self._progress())
         hooks = Hooks(
             load_state=self.journal.load_state,
@@ -168,6 +169,14 @@ class _Run:
         if self.ticks_done < self.plan.task.timetable.num_ticks:
             raise Interrupted(str(self.journal.folder))
         return self._finish()
+
+    def _compare_device(self) -> None:
+        """Remember the device of a new job; say so when a job goes on on another one."""
+        device, before = self.ticks.device, self.journal.fact("device")
+        if before is None:
+            self.journal.note("device", device)
+        elif before != device:
+            self.note(f"begun on {before}, goes on on {device}: frames may differ from here on in last bits")
 
     def _take(self, step: Step) -> bool:
         """Commit what a step brings; whether it moved the render on."""

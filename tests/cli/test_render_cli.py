@@ -47,7 +47,7 @@ def test_canonical_flags_reach_the_job(run: Run):
         *("--block-frames", 3, "--context-frames", 1, "--stride", 2, "--context-mode", "cache"),
         *("--anchor-frames", 1, "--noise", "independent", "--transition-blocks", 1, "--output", "v.mp4"),
         *("--guidance", "stacked", "--ranks", 1, "--placement", "spread", "--max-restarts", 1),
-        *("--min-ranks", 2),
+        *("--min-ranks", 2, "--device", "cpu"),
         *("--upscale", 2, "--crf", 20, "--save-latents", "l.safetensors", "--no-sheet", "--job", "j"),
     ).code == 0  # fmt: skip
     job = job_of("j").model_dump(mode="json")
@@ -64,6 +64,7 @@ def test_canonical_flags_reach_the_job(run: Run):
         "shift": 3.0,
         "seed": 7,
         "model": "builtin",
+        "device": "cpu",
         "threads": 1,
         "state_every": 2,
         "queue": {

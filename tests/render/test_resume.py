@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from vidgen.config import parse_job
 from vidgen.journal import JobInUse, Journal
@@ -122,3 +123,29 @@ def test_a_job_folder_may_be_moved(tmp_path: Path) -> None:
         render(job(tmp_path / "out.mp4", QUEUES["recompute"]), should_stop=lambda: True)
     (tmp_path / "out.job").rename(tmp_path / "elsewhere.job")
     assert resume(tmp_path / "elsewhere.job").output == tmp_path / "out.mp4"
+
+
+@pytest.mark.parametrize(
+    ("key", "changed", "is_refused"),
+    [
+        ("seed", 9, True),
+        ("num_inference_steps", 4, True),
+        ("state_every", 3, False),
+        ("parallel", {"ranks": 1}, False),
+    ],
+)
+def test_a_job_whose_settings_changed_is_refused_if_they_decide_a_frame(
+    tmp_path: Path, key: str, changed: Any, is_refused: bool
+) -> None:
+    with pytest.raises(Interrupted):
+        render(job(tmp_path / "v.mp4", QUEUES["recompute"]), should_stop=lambda: True)
+    file = tmp_path / "v.job" / "job.yaml"
+    values = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(values | {key: changed}))
+    if not is_refused:
+        resume(tmp_path / "v.job")
+        return
+    before = {path: path.read_bytes() for path in (tmp_path / "v.job").rglob("*.*") if path.is_file()}
+    with pytest.raises(ValueError, match="not those that this job began with"):
+        resume(tmp_path / "v.job")
+    assert before == {path: path.read_bytes() for path in before}
