@@ -1,6 +1,7 @@
 """What a run on ranks did, in figures: for `--json`, the job folder, and whoever doubts."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,11 @@ class SpanFile:
         # attempts of earlier processes come first
         self._first_attempt = 0
         if path.exists():
-            self._first_attempt = 1 + max((line[0] for line in _read(path)), default=-1)
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]  # without the row in which a process was killed
+            os.truncate(path, len(whole))
+            rows = [json.loads(line) for line in whole.splitlines()[1:]]
+            self._first_attempt = 1 + max((row[0] for row in rows), default=-1)
         else:
             path.write_text(json.dumps(COLUMNS) + "\n")
 
@@ -91,16 +96,6 @@ class SpanFile:
             for rank, (*numbers, start_s, stop_s) in spans:
                 row = [self._first_attempt + attempt, rank, *numbers, round(start_s, 6), round(stop_s, 6)]
                 file.write(json.dumps(row) + "\n")
-
-
-def _read(path: Path) -> list[list[float]]:
-    rows = []
-    for line in path.read_text().splitlines()[1:]:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # the line in which a process was killed
-    return rows
 
 
 def _rounded(value: float) -> float:

@@ -1,7 +1,6 @@
 """Rank x time of a multi-rank render, drawn: `python tools/trace_pipeline.py JOB -o trace.png`.
 
-Reads JOB/trace.jsonl, which `parallel/evidence.py` appends to, so a running render can be drawn too. Ranks on
-several machines are shown by their own clocks.
+Reads JOB/trace.jsonl (see parallel/evidence.py), also while the render runs. Clocks are each rank's own.
 """
 
 import argparse
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 COLUMNS = ["attempt", "rank", "tick", "block", "step", "run", "start_s", "stop_s"]
 SPAN = np.dtype([(name, float if name.endswith("_s") else int) for name in COLUMNS])
 MAX_RANKS, MAX_TICK_LINES = 4096, 60
-DPI = 125
-WIDTH_IN, SIDE_IN, TOP_IN, BOTTOM_IN = 16.0, 0.8, 1.35, 0.65
+DPI, WIDTH_IN, SIDE_IN, TOP_IN, BOTTOM_IN = 125, 16.0, 0.8, 1.35, 0.65
 WIDTH_PX = round((WIDTH_IN - 2 * SIDE_IN) * DPI)  # of the time axis
 HALF_BAR = 0.41  # in rows
 # a block has the colour of its number's last digit
@@ -209,7 +207,7 @@ def _draw_marks(axes: "Axes", view: View) -> None:
         axes.vlines(starts_s, *axes.get_ylim(), color=INK, linewidth=0.7, linestyle=(0, (4, 3)))
         for tick, start_s in _apart(view, zip(view.ticks["tick"], starts_s, strict=True)):
             axes.annotate(tick, (start_s, 1), (0, 4), fontsize=8, color=FAINT, ha="center", **above)
-        axes.annotate("tick", (view.from_s, 1), (-12, 4), fontsize=8, color=FAINT, ha="right", **above)
+        axes.annotate("tick", (view.from_s, 1), (-16, 4), fontsize=8, color=FAINT, ha="right", **above)
     for stop_s, start_s in view.restarts_s.values():
         axes.axvspan(stop_s, start_s, color=ALARM, alpha=0.15, linewidth=0)
         axes.axvline(start_s, color=ALARM, linewidth=1.6)
@@ -238,9 +236,9 @@ def _draw_labels(axes: "Axes", view: View, every: int) -> None:
     style: Any = {"textcoords": "offset points", "color": INK, "fontsize": 10, "va": "center_baseline"}
     style |= {"xycoords": axes.get_yaxis_transform()}
     for row in rows:
-        axes.annotate(f"{view.busy_shares[row]:.0%}", (1, row), (7, 0), **style)
+        axes.annotate(f"{view.busy_shares[row]:.0%}", (1, row), (14, 0), **style)
     style |= {"xycoords": "axes fraction", "color": FAINT, "fontsize": 8, "va": "bottom"}
-    axes.annotate("busy", (1, 1), (7, 4), **style)
+    axes.annotate("busy", (1, 1), (14, 4), **style)
 
 
 def _draw_title(axes: "Axes", view: View, name: str, *, is_dense: bool) -> None:
@@ -270,24 +268,19 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
-def _arguments(words: list[str] | None) -> argparse.Namespace:
+def main(words: list[str] | None = None) -> int:
+    """The exit code: 0, or 2 after a line on stderr. Files are written once all of them are made."""
     parser = _Parser(prog="trace_pipeline", description=__doc__)
     parser.add_argument("job", type=Path, help="the folder of a render on ranks")
     parser.add_argument("-o", dest="png", metavar="FILE.png", type=Path, required=True, help="the picture")
     parser.add_argument("--chrome", metavar="FILE.json", type=Path, help="for chrome://tracing and Perfetto")
     parser.add_argument("--from-s", metavar="A", type=float, help="show from here, in the picture's time")
     parser.add_argument("--to-s", metavar="B", type=float, help="show up to here")
-    given = parser.parse_args(words)
-    for path, suffix in ((given.png, ".png"), (given.chrome, ".json")):
-        if path and (path.suffix != suffix or path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ValueError(f"{path}: cannot write this; name a {suffix} file in a folder that exists")
-    return given
-
-
-def main(words: list[str] | None = None) -> int:
-    """The exit code: 0, or 2 after a line on stderr. Files are written once all of them are made."""
     try:
-        given = _arguments(words)
+        given = parser.parse_args(words)
+        for path, suffix in ((given.png, ".png"), (given.chrome, ".json")):
+            if path and (path.suffix != suffix or path.is_dir() or not path.absolute().parent.is_dir()):
+                raise ValueError(f"{path}: cannot write this; name a {suffix} file in a folder that exists")
         spans = read_trace(given.job)
         view = look(spans, given.from_s, given.to_s)
         files = {given.png: draw(view, given.job.resolve().name)}
