@@ -1,10 +1,13 @@
 """The Ray cluster of a render: joined, or started on this machine and reachable from nowhere else."""
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 JOIN_TIMEOUT_S = 5.0
@@ -40,6 +43,7 @@ def connected(address: str | None, num_ranks: int | None) -> Iterator[None]:
     ValueError in one line when there is no cluster at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # its 15 lets anything else on the machine go first
     # its warning about a future default is for those who set it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -70,18 +74,38 @@ def _connect(address: str | None, num_ranks: int | None) -> None:
         ray.init(
             address="local", include_dashboard=False, num_cpus=max(ranks + 1, os.cpu_count() or 1), **quiet
         )
+        _let_agents_end()
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray's C++ part put one that prints a trace before ours
+
+
+def _let_agents_end() -> None:
+    """Make Ray's agents go when the raylet was killed, as it is when this process is.
+
+    They look in its log for why it ended, and unless it was asked to, they try for a minute to tell a server
+    that is gone as well.
+    """
+    from ray._private import worker
+
+    log = Path(worker._global_node.get_logs_dir_path(), "raylet.out")
+    with log.open("a", encoding="utf-8") as file:
+        file.write("vidgen: so that the agents do not outlive a killed driver: Raylet received SIGTERM\n")
 
 
 @contextmanager
 def _ray_set(*, loopback_only: bool) -> Iterator[None]:
-    """Within, Ray keeps to loopback if asked to, and does not print what happens to workers on our stdout.
+    """Within, Ray keeps to loopback if asked to, does not print what happens to workers on our stdout, and
+    leaves SIGTERM to us.
 
     It has no settings for these, so its internals are set: the variable is for the processes it starts.
     """
-    from ray._private import ray_constants, worker
+    from ray._private import ray_constants, utils, worker
 
     before = ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream, os.environ.get(CLUSTERS_VARIABLE)
+    set_sigterm_handler = utils.set_sigterm_handler
     worker.print_to_stdstream = lambda *_, **__: None
+    utils.set_sigterm_handler = lambda *_: None
     if loopback_only:
         ray_constants.ENABLE_RAY_CLUSTER = False
         os.environ[CLUSTERS_VARIABLE] = "0"
@@ -89,6 +113,7 @@ def _ray_set(*, loopback_only: bool) -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER, worker.print_to_stdstream, variable = before
+        utils.set_sigterm_handler = set_sigterm_handler
         os.environ.pop(CLUSTERS_VARIABLE, None)
         if variable is not None:
             os.environ[CLUSTERS_VARIABLE] = variable

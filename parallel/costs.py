@@ -41,7 +41,7 @@ def measure_costs(task: Task, device: torch.device) -> Costs:
     latents = noise[:, :, :1].repeat(text.shape[0], 1, frames, 1, 1)
     levels = torch.full((text.shape[0], frames), 0.5, device=device)
     grid = model.token_grid(latents.shape)
-    tokens, shared = model.embed(latents, levels, text)
+    tokens, shared = model.embed(latents), model.condition(levels, text)
     _, lent = model.run_layers(tokens, shared, grid, Context())
 
     def part(frames: int) -> LayerKeyValues:
@@ -50,7 +50,7 @@ def measure_costs(task: Task, device: torch.device) -> Costs:
     around = Context(before=() if recompute else part(context), after=part(context))
     return Costs(
         layer=_seconds(lambda: model.run_layers(tokens, shared, grid, around), device),
-        first=_seconds(lambda: model.embed(latents, levels, text), device),
+        first=_seconds(lambda: model.embed(latents), device),
         last=_seconds(lambda: model.project(tokens[:, -own:], shared.noise_BFD[:, -own:], grid), device),
     )
 

@@ -53,7 +53,7 @@ class InFlight:
     tick: int
     forward: Forward
     own: BlockState
-    own_levels_BF: Tensor
+    window: Window
     batch: int
     is_last_of_tick: bool
     velocities: list[Tensor] = field(default_factory=list)
@@ -105,9 +105,8 @@ class FirstStage(StageRun):
             self._take_what_it_reads(forward, watcher)
             own = self.blocks[forward.block]
             window = make_window(self.task, self.blocks, forward, own)
-            levels = window.noise_level_BF[:, window.frames_before :]
             texts = self.task.run_texts(self.timetable.block(forward.block))
-            started = InFlight(tick, forward, own, levels, self.shapes.batch, forward is forwards[-1])
+            started = InFlight(tick, forward, own, window, self.shapes.batch, forward is forwards[-1])
             self.lending.begin(forward)
             for run, text in enumerate(texts):
                 while len(self._in_flight) >= self.max_in_flight:
@@ -123,8 +122,9 @@ class FirstStage(StageRun):
         self.next_tick = tick + 1
 
     def _compute(self, item: Header, window: Window, text: Tensor) -> tuple[Tensor, ...]:
-        tokens, shared = self.model.embed(*window.repeated(text.shape[0]), text)
-        tokens = self.run_layers(item, tokens, shared, window.frames_before)
+        latents, _ = window.repeated(text.shape[0])
+        shared = self.task.conditions.of(self.model, window.levels, text)
+        tokens = self.run_layers(item, self.model.embed(latents), shared, window.frames_before)
         return tokens, shared.noise_BFD, shared.noise_BF6D, shared.text_BND
 
     def _take_what_it_reads(self, forward: Forward, watcher: Watcher) -> None:
@@ -148,13 +148,9 @@ class FirstStage(StageRun):
         own = started.own
         shapes = self.shapes.result(own.latents_BCFYX.shape[2])
         (out,) = self.links.incoming.layout.read(buffer, shapes)
-        started.velocities.extend(
-            self.model.velocity(
-                out,
-                own.latents_BCFYX.repeat(started.batch, 1, 1, 1, 1),
-                started.own_levels_BF.repeat(started.batch, 1),
-            ).split(1)
-        )
+        window = started.window.own_frames(own.latents_BCFYX)
+        velocity = self.model.velocity(out, *window.repeated(started.batch))
+        started.velocities.extend(velocity.split(1))
         if len(started.velocities) < self.task.num_branches:
             return
         block, velocity = started.forward.block, combine(started.velocities, self.task.guidance_scale)
@@ -214,6 +210,9 @@ class FirstStage(StageRun):
         return self.next_tick
 
 
-def default_in_flight(num_stages: int) -> int:
-    """Enough to keep every stage busy with one item waiting; the link back has room for as many."""
-    return 2 * num_stages
+def default_in_flight(num_stages: int, link_depth: int = 1) -> int:
+    """Items that may be on their way: one in each stage's hands, and its link full.
+
+    The link back has room for as many, so that no stage ever waits for the first one to take results.
+    """
+    return num_stages * (1 + link_depth)

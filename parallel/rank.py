@@ -35,9 +35,10 @@ from vidgen.parallel.torch_links import (
     disconnect,
     listen,
 )
-from vidgen.parallel.transport import TransportError
+from vidgen.parallel.transport import MessageLayout, TransportError
 
-LINK_DEPTH = 2  # buffers at either end of a link
+LINK_DEPTHS = (2, 8)  # fewest and most buffers at either end of a link; more of them even out a busy machine
+LINK_BYTES = 64 * 2**20  # that one end may take beyond the fewest
 Emit = Callable[[int, Tensor], None]  # (block, clean latents)
 
 
@@ -203,7 +204,11 @@ class Rank:
         if stage.is_first:
             first = FirstStage(
                 stage, dataclasses.replace(task, model=self._placed.model), shapes, links, state=state,
-                keepalive_s=blueprint.link_timeout_s / 4, **options,
+                keepalive_s=blueprint.link_timeout_s / 4,
+                max_in_flight=default_in_flight(
+                    stage.num_stages, link_depth(shapes.layouts(task.timetable)[0])
+                ),
+                **options,
             )  # fmt: skip
             self._stage_run = first
             return first.run(self)
@@ -224,10 +229,11 @@ class Rank:
         )  # fmt: skip
         before, after = (stage.index - 1) % stage.num_stages, (stage.index + 1) % stage.num_stages
         ends: dict[str, Any] = {"rank": stage.index, "timeout_s": blueprint.link_timeout_s}
-        into = {"peer": before, "tag": FORWARD_TAG, "depth": LINK_DEPTH, **ends}
-        out = {"peer": after, "tag": FORWARD_TAG, "depth": LINK_DEPTH, **ends}
+        depth = link_depth(forward)
+        into = {"peer": before, "tag": FORWARD_TAG, "depth": depth, **ends}
+        out = {"peer": after, "tag": FORWARD_TAG, "depth": depth, **ends}
         if stage.is_first:
-            into |= {"tag": BACK_TAG, "depth": default_in_flight(stage.num_stages)}
+            into |= {"tag": BACK_TAG, "depth": default_in_flight(stage.num_stages, depth)}
         if stage.is_last:
             out |= {"tag": BACK_TAG}
         in_layout, out_layout = back if stage.is_first else forward, back if stage.is_last else forward
@@ -258,6 +264,12 @@ class Rank:
                     found[name] = getattr(run.stats, name)
             found["bytes_sent"] = run.links.outgoing.bytes_sent
         return found
+
+
+def link_depth(layout: MessageLayout) -> int:
+    """Buffers at either end of a link: as many as help and memory allows."""
+    fewest, most = LINK_DEPTHS
+    return max(fewest, min(most, LINK_BYTES // layout.num_bytes))
 
 
 def blocks_before(task: Task, tick: int) -> int:

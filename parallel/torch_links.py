@@ -105,6 +105,7 @@ class GlooOutgoing:
     ) -> None:
         self.layout, self.rank, self.peer, self.tag, self.timeout_s = layout, rank, peer, tag, timeout_s
         self.bytes_sent = 0
+        self._group = _world()
         self._buffers = [torch.zeros(layout.num_bytes, dtype=torch.uint8) for _ in range(depth)]
         self._handles: list[dist.Work | None] = [None] * depth
         self._next = 0
@@ -114,7 +115,7 @@ class GlooOutgoing:
         self._wait(slot)
         write_message(self.layout, self._buffers[slot], header, parts)
         with _naming(self.rank, self.peer):
-            self._handles[slot] = dist.isend(self._buffers[slot], self.peer, tag=self.tag)
+            self._handles[slot] = self._group.send([self._buffers[slot]], self.peer, self.tag)
         self.bytes_sent += self.layout.num_bytes
 
     def flush(self) -> None:
@@ -134,6 +135,7 @@ class GlooIncoming:
         self, layout: MessageLayout, *, rank: int, peer: int, tag: int, depth: int, timeout_s: float
     ) -> None:
         self._layout, self.rank, self.peer, self.tag, self.timeout_s = layout, rank, peer, tag, timeout_s
+        self._group = _world()
         self._buffers = [torch.zeros(layout.num_bytes, dtype=torch.uint8) for _ in range(depth)]
         self._handles = [self._post(buffer) for buffer in self._buffers]
         self._next = 0
@@ -153,9 +155,7 @@ class GlooIncoming:
 
     def _post(self, buffer: Tensor) -> dist.Work:
         with _naming(self.rank, self.peer):
-            handle = dist.irecv(buffer, self.peer, tag=self.tag)
-        assert handle is not None
-        return handle
+            return self._group.recv([buffer], self.peer, self.tag)
 
 
 class NcclOutgoing:
@@ -229,6 +229,12 @@ class NcclIncoming:
         assert handle is not None
         handle.wait()
         return header, self._buffers[slot]
+
+
+def _world() -> dist.ProcessGroup:
+    """All ranks. Called directly, it takes half the time of dist.isend and dist.irecv."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
 
 
 def _wait(handle: dist.Work, rank: int, peer: int, what: str, timeout_s: float) -> None:

@@ -162,11 +162,15 @@ class Recorder:
     """A DiT that writes down the noise levels it is given."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.levels, self.device = model, [], model.device
+        self.model, self.levels = model, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def forward_and_lend(
         self, latents: Tensor, levels: Tensor, text: Tensor, context: Context, **options: Any
     ) -> Any:
+        options.pop("conditioning")  # else these levels would decide nothing
         self.levels.append(levels[0].tolist())
         return self.model.forward_and_lend(latents, levels, text, context, **options)
 

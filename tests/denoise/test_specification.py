@@ -125,11 +125,14 @@ class Meddler:
 
     def __init__(self, model: DiT, how: str, num_context: int, levels: list[float]) -> None:
         self.model, self.how, self.num_context, self.levels = model, how, num_context, levels
-        self.device = model.device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def forward_and_lend(
         self, latents: Tensor, levels: Tensor, text: Tensor, context: Context, **options: Any
     ) -> Any:
+        options.pop("conditioning")  # else these levels would decide nothing
         recomputed = bool((levels[0, 0] != levels[0, -1]).item())
         if self.how == "context at the block's own level" and recomputed:
             levels = levels[:, -1:].expand_as(levels)

@@ -55,7 +55,7 @@ def test_embed_layers_project_is_forward_bit_for_bit(settings: Any, dit: Any, dr
     latents, levels, text = inputs(draw)
     context = Context(before=lent_by(model, draw, 2), after=lent_by(model, draw, 1))
     velocity, lent = model.forward_and_lend(latents, levels, text, context)
-    x, shared = model.embed(latents, levels, text)
+    x, shared = model.embed(latents), model.condition(levels, text)
     grid, part = model.token_grid(latents.shape), copy.copy(model)
     part._modules = dict(model._modules)
     for index, layer in enumerate(model.layers):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -139,8 +140,10 @@ def run_pipeline(
     threads = [threading.Thread(target=work, args=(run,), daemon=True) for run in stages]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(60)
+    deadline = time.monotonic() + 60
+    while any(thread.is_alive() for thread in threads) and not errors and time.monotonic() < deadline:
+        for thread in threads:
+            thread.join(0.01)
     if errors:
         raise errors[0]
     assert not any(thread.is_alive() for thread in threads)

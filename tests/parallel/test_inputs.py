@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vidgen.denoise import loop
+from vidgen.denoise.conditions import Conditions
 from vidgen.denoise.lending import Lending
 from vidgen.denoise.loop import BlockState, FinishedBlock, Task, Window
 from vidgen.denoise.timetable import Forward, Read, Timetable, dualparal
@@ -68,10 +69,16 @@ def listen(
 ) -> None:
     """Record what a model's embedding and layers get; `layers` says which of the whole model's they are."""
 
-    def embed(run: Callable[..., Any], latents: Tensor, levels: Tensor, text: Tensor) -> Any:
-        inputs = {"window latents": latents, "window levels": levels, "window text": text}
-        recording.inputs.update({(now[0], name): copied(tensor) for name, tensor in inputs.items()})
-        return run(latents, levels, text)
+    def embed(run: Callable[..., Any], latents: Tensor) -> Any:
+        recording.inputs[now[0], "window latents"] = copied(latents)
+        return run(latents)
+
+    def condition(
+        run: Callable[..., Any], own: Any, model: DiT, levels: tuple[float, ...], text: Tensor
+    ) -> Any:
+        recording.inputs[now[0], "window levels"] = torch.tensor([levels])
+        recording.inputs[now[0], "window text"] = copied(text)
+        return run(own, model, levels, text)
 
     def layer(
         run: Callable[..., Any], index: int, tokens: Tensor, noise: Tensor, text: Tensor, positions: Any,
@@ -93,8 +100,19 @@ def listen(
 
     # items, not attributes: undoing those would leave bound methods on a model that other tests share
     patch.setitem(model.__dict__, "embed", partial(embed, model.embed))
+    if hasattr(model, "text_in"):  # the stage that conditions
+        patch.setattr(Conditions, "of", partialmethod_of(condition, Conditions.of))
     for index, module in zip(layers, model.layers, strict=True):
         patch.setitem(module.__dict__, "forward", partial(layer, module.forward, index))
+
+
+def partialmethod_of(method: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    """`method(run, self, ...)` as a method."""
+
+    def bound(own: Any, *arguments: Any) -> Any:
+        return method(run, own, *arguments)
+
+    return bound
 
 
 def record_loop(task: Task) -> Recording:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vidgen.denoise.conditions import Conditions
 from vidgen.denoise.guidance import combine, num_branches
 from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.solver import History, Solver
@@ -33,6 +34,7 @@ class Task:
     noise: Callable[[Block], Tensor]  # [1, C, F, Y, X] of a block
     texts: Callable[[Block], tuple[Tensor, ...]]  # text [1, N, T] of a block, one per branch
     guidance_mode: GuidanceMode = GuidanceMode.SPLIT
+    conditions: Conditions = field(default_factory=Conditions, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.noise_levels) != self.timetable.num_steps + 1:
@@ -103,10 +105,18 @@ class Window:
 
     latents_BCFYX: Tensor  # B is 1
     noise_level_BF: Tensor
+    levels: tuple[float, ...]  # the same, as numbers
     frames_before: int
+
+    def own_frames(self, latents_BCFYX: Tensor) -> "Window":
+        """The block's own frames, which are given, without what is before them."""
+        first = self.frames_before
+        return Window(latents_BCFYX, self.noise_level_BF[:, first:], self.levels[first:], 0)
 
     def repeated(self, batch: int) -> tuple[Tensor, Tensor]:
         """Latents and noise levels, once per branch in the batch."""
+        if batch == 1:
+            return self.latents_BCFYX, self.noise_level_BF
         return self.latents_BCFYX.repeat(batch, 1, 1, 1, 1), self.noise_level_BF.repeat(batch, 1)
 
 
@@ -141,7 +151,11 @@ def run_forward(
     velocities: list[Tensor] = []
     for run, text in enumerate(task.run_texts(task.timetable.block(forward.block))):
         velocity, own_kv = task.model.forward_and_lend(
-            *window.repeated(text.shape[0]), text, lending.context(run), first_frame=window.frames_before
+            *window.repeated(text.shape[0]),
+            text,
+            lending.context(run),
+            first_frame=window.frames_before,
+            conditioning=task.conditions.of(task.model, window.levels, text),
         )
         lending.keep(own_kv, window.frames_before)
         velocities.extend(velocity.split(1))
@@ -160,7 +174,8 @@ def make_window(task: Task, blocks: dict[int, BlockState], forward: Forward, own
         latents = torch.cat([before.latents_BCFYX[:, :, read.start : read.stop], latents], dim=2)
         levels = [task.noise_levels[read.step]] * read.num_frames + levels
     frames_before = read.num_frames if read is not None else 0
-    return Window(latents, torch.tensor([levels], dtype=torch.float32, device=latents.device), frames_before)
+    level_BF = torch.tensor([levels], dtype=torch.float32, device=latents.device)
+    return Window(latents, level_BF, tuple(levels), frames_before)
 
 
 def take_step(task: Task, forward: Forward, own: BlockState, velocity_BCFYX: Tensor) -> BlockState:

@@ -2,8 +2,8 @@
 
 Wan 2.1's architecture (arXiv 2503.20314) with two options that small models need: a 3x3 convolution at input
 and output, and an output that is a correction to the best linear guess. It never asks for a rank or a file.
-A forward is `embed`, `run_layers`, `project`, `velocity`: a pipeline stage holds some of the layers and does
-its part of these.
+A forward is `condition`, `embed`, `run_layers`, `project`, `velocity`: a pipeline stage holds some of the
+layers and does its part of these.
 """
 
 import math
@@ -48,7 +48,7 @@ class DiTConfig:
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What every layer of one forward sees beside the tokens; made by `embed`, it travels with them."""
+    """What every layer of one forward sees beside the tokens; it travels with them."""
 
     noise_BFD: Tensor
     noise_BF6D: Tensor
@@ -106,14 +106,28 @@ class DiT(nn.Module):
         noise_level_BF: Tensor,
         text_BNT: Tensor,
         context: Context | None = None,
+        *,
         first_frame: int = 0,
+        conditioning: Conditioning | None = None,
     ) -> tuple[Tensor, LayerKeyValues]:
-        """(velocity of the frames from `first_frame` on, every layer's own keys and values of all frames)."""
-        x_BFSD, conditioning = self.embed(latents_BCFYX, noise_level_BF, text_BNT)
+        """(velocity of the frames from `first_frame` on, every layer's own keys and values of all frames).
+
+        `conditioning` is what `condition` would make of the levels and the text, where it is known.
+        """
+        conditioning = conditioning or self.condition(noise_level_BF, text_BNT)
         grid = self.token_grid(latents_BCFYX.shape)
-        x_BFSD, lent = self.run_layers(x_BFSD, conditioning, grid, context or Context())
+        x_BFSD, lent = self.run_layers(self.embed(latents_BCFYX), conditioning, grid, context or Context())
         out = self.project(x_BFSD[:, first_frame:], conditioning.noise_BFD[:, first_frame:], grid)
         return self.velocity(out, latents_BCFYX[:, :, first_frame:], noise_level_BF[:, first_frame:]), lent
+
+    def condition(self, noise_level_BF: Tensor, text_BNT: Tensor) -> Conditioning:
+        """What all layers share."""
+        return Conditioning(*self.condition_noise(noise_level_BF), self.text_in(text_BNT))
+
+    def condition_noise(self, noise_level_BF: Tensor) -> tuple[Tensor, Tensor]:
+        """(for the head [B, F, D], for the layers [B, F, 6, D])."""
+        noise_BFD = self.noise_level(noise_level_BF)
+        return noise_BFD, self.noise_modulation(silu(noise_BFD)).unflatten(-1, (6, -1))
 
     def token_grid(self, latents_shape: Sequence[int]) -> Grid:
         """(frames, rows, columns) of tokens of latents [B, C, F, Y, X]. ValueError if patches do not fit."""
@@ -123,18 +137,14 @@ class DiT(nn.Module):
             raise ValueError(f"latents of {(rows, columns)}: need multiples of {(p, q)}")
         return frames, rows // p, columns // q
 
-    def embed(
-        self, latents_BCFYX: Tensor, noise_level_BF: Tensor, text_BNT: Tensor
-    ) -> tuple[Tensor, Conditioning]:
-        """(tokens [B, F, S, D], what all layers of this forward share)."""
+    def embed(self, latents_BCFYX: Tensor) -> Tensor:
+        """Tokens [B, F, S, D]."""
         self.token_grid(latents_BCFYX.shape)
         batch, _, frames, _, _ = latents_BCFYX.shape
         patched = self._fold(latents_BCFYX)  # [B*F, C*p*q, Y/p, X/q]
         x_BFSD = self.patch_in(patched).flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
-        noise_BFD = self.noise_level(noise_level_BF)
-        noise_BF6D = self.noise_modulation(silu(noise_BFD)).unflatten(-1, (6, -1))
         # contiguous: a stage that got these tokens as a message has them so, and sums depend on strides
-        return x_BFSD.contiguous(), Conditioning(noise_BFD, noise_BF6D, self.text_in(text_BNT))
+        return x_BFSD.contiguous()
 
     def run_layers(
         self, x_BFSD: Tensor, conditioning: Conditioning, grid: Grid, context: Context
