@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,20 @@ class SpanFile:
             os.truncate(path, len(whole))
             rows = [json.loads(line) for line in whole.splitlines()[1:]]
             self._first_attempt = 1 + max((row[0] for row in rows), default=-1)
-        else:
-            path.write_text(json.dumps(COLUMNS) + "\n")
 
     def write(self, attempt: int, spans: list[tuple[int, tuple[float, ...]]]) -> None:
-        """Add spans, given with their rank."""
+        """Add spans, given with their rank. On a full disk they are dropped: the render is worth more."""
         if not spans:
             return
-        with self.path.open("a") as file:
-            for rank, (*numbers, start_s, stop_s) in spans:
-                row = [self._first_attempt + attempt, rank, *numbers, round(start_s, 6), round(stop_s, 6)]
-                file.write(json.dumps(row) + "\n")
+        rows: list[list[Any]] = []
+        for rank, (*numbers, start_s, stop_s) in spans:
+            number = self._first_attempt + attempt
+            rows.append([number, rank, *numbers, round(start_s, 6), round(stop_s, 6)])
+        with suppress(OSError), self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            data = "".join(json.dumps(row) + "\n" for row in (rows if end else [COLUMNS, *rows])).encode()
+            if file.write(data) != len(data):
+                file.truncate(end)  # no room for all of it
 
 
 def _rounded(value: float) -> float:

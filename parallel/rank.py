@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,24 +21,13 @@ from torch import Tensor
 from vidgen.denoise.loop import FinishedBlock, LoopState, Task
 from vidgen.parallel.costs import Costs, measure_costs
 from vidgen.parallel.first import FirstStage, default_in_flight
+from vidgen.parallel.links import link_depth, open_links
 from vidgen.parallel.pipeline import LaterStage, Links, Shapes, StageRun, Stats
 from vidgen.parallel.place import Placed, place
 from vidgen.parallel.topology import Stage, Topology
-from vidgen.parallel.torch_links import (
-    BACK_TAG,
-    FORWARD_TAG,
-    GlooIncoming,
-    GlooOutgoing,
-    NcclIncoming,
-    NcclOutgoing,
-    connect,
-    disconnect,
-    listen,
-)
-from vidgen.parallel.transport import MessageLayout, TransportError
+from vidgen.parallel.torch_links import connect, disconnect, listen
+from vidgen.parallel.transport import TransportError
 
-LINK_DEPTHS = (2, 8)  # fewest and most buffers at either end of a link; more of them even out a busy machine
-LINK_BYTES = 64 * 2**20  # that one end may take beyond the fewest
 Emit = Callable[[int, Tensor], None]  # (block, clean latents)
 
 
@@ -55,6 +44,7 @@ class Blueprint:
     queue_blocks: int  # finished blocks that may wait to be committed
     trace: bool = True
     device: str = "cpu"
+    links: Literal["auto", "gloo"] = "auto"  # gloo: also where memory could be shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +75,7 @@ class Report:
     ticks_done: int = 0
     states: list[tuple[int, LoopState]] = field(default_factory=list)
     spans: list[tuple[float, ...]] = field(default_factory=list)
-    stats: dict[str, float] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
     ended_at: int | None = None  # the tick that was not run
     failure: Failure | None = None
 
@@ -220,38 +210,27 @@ class Rank:
         return later.run(state.next_tick, lambda tick, lent: self.save(LoopState(tick, {}, lent)))
 
     def _links(self, stage: Stage, shapes: Shapes, meet_at: tuple[str, int], device: torch.device) -> Links:
-        blueprint = self.blueprint
-        forward, back = shapes.layouts(blueprint.task.timetable)
         door, self._door = self._door, None
         groups = connect(
             stage.index, stage.num_stages, meet_at, door, own_host=self.host,
-            timeout_s=blueprint.link_timeout_s, device=device,
+            timeout_s=self.blueprint.link_timeout_s, device=device,
         )  # fmt: skip
-        before, after = (stage.index - 1) % stage.num_stages, (stage.index + 1) % stage.num_stages
-        ends: dict[str, Any] = {"rank": stage.index, "timeout_s": blueprint.link_timeout_s}
-        depth = link_depth(forward)
-        into = {"peer": before, "tag": FORWARD_TAG, "depth": depth, **ends}
-        out = {"peer": after, "tag": FORWARD_TAG, "depth": depth, **ends}
-        if stage.is_first:
-            into |= {"tag": BACK_TAG, "depth": default_in_flight(stage.num_stages, depth)}
-        if stage.is_last:
-            out |= {"tag": BACK_TAG}
-        in_layout, out_layout = back if stage.is_first else forward, back if stage.is_last else forward
-        if device.type != "cuda":
-            return Links(GlooIncoming(in_layout, **into), GlooOutgoing(out_layout, **out))
-        in_group = groups.back if stage.is_first else groups.forward
-        out_group = groups.back if stage.is_last else groups.forward
-        return Links(
-            NcclIncoming(in_layout, in_group, device, **into),
-            NcclOutgoing(out_layout, out_group, device, **out),
+        layouts = shapes.layouts(self.blueprint.task.timetable)
+        return open_links(
+            stage,
+            groups,
+            layouts,
+            device,
+            self.blueprint.link_timeout_s,
+            may_share=self.blueprint.links == "auto",
         )
 
     def close(self) -> None:
         """Leave the other ranks, after the run has ended."""
         disconnect()
 
-    def _stats(self, run: StageRun | None) -> dict[str, float]:
-        found: dict[str, float] = {"peak_memory_bytes": peak_memory_bytes()}
+    def _stats(self, run: StageRun | None) -> dict[str, Any]:
+        found: dict[str, Any] = {"peak_memory_bytes": peak_memory_bytes()}
         if self._placed is not None:
             found["num_parameters"] = self._placed.num_parameters
             found["bytes_read"] = self._placed.bytes_read
@@ -263,13 +242,8 @@ class Rank:
                 if name != "spans":
                     found[name] = getattr(run.stats, name)
             found["bytes_sent"] = run.links.outgoing.bytes_sent
+            found["link"] = type(run.links.outgoing).__name__.removesuffix("Outgoing").lower()
         return found
-
-
-def link_depth(layout: MessageLayout) -> int:
-    """Buffers at either end of a link: as many as help and memory allows."""
-    fewest, most = LINK_DEPTHS
-    return max(fewest, min(most, LINK_BYTES // layout.num_bytes))
 
 
 def blocks_before(task: Task, tick: int) -> int:

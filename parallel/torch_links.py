@@ -38,6 +38,7 @@ class Groups:
 
     rank: int
     num_ranks: int
+    store: dist.Store  # where ranks can leave words for each other
     forward: Any = None  # NCCL groups; None on CPUs
     back: Any = None
 
@@ -82,9 +83,9 @@ def connect(
         )
         dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timeout)
         if device.type != "cuda":
-            return Groups(rank, num_ranks)
+            return Groups(rank, num_ranks, store)
         forward, back = (dist.new_group(backend="nccl", timeout=timeout) for _ in range(2))
-        return Groups(rank, num_ranks, forward, back)
+        return Groups(rank, num_ranks, store, forward, back)
     except (RuntimeError, OSError) as error:
         raise TransportError(
             f"rank {rank}: could not meet the others at {host}:{port}: {_brief(error)}", 0

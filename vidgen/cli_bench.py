@@ -32,6 +32,7 @@ def pipeline(
         int, typer.Option("--num-frames", metavar="N", help="long: at least 4 blocks per step", min=1)
     ] = 1297,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="medians are shown", min=1)] = 3,
+    side: Annotated[int, typer.Option("--side", metavar="PX", help="of the square frames", min=8)] = 32,
     lengths: Annotated[
         str | None, typer.Option("--lengths", metavar="N,N,...", help="instead: one number of ranks, these")
     ] = None,
@@ -42,8 +43,8 @@ def pipeline(
 
     counts = _numbers("--ranks", ranks)
     if lengths is not None:
-        return _show(bench_lengths(_numbers("--lengths", lengths), counts[-1]), json_file)
-    return _show(bench_pipeline(num_frames, counts, repeats), json_file)
+        return _show(bench_lengths(_numbers("--lengths", lengths), counts[-1], side), json_file)
+    return _show(bench_pipeline(num_frames, counts, repeats, side), json_file)
 
 
 @bench.command()

@@ -120,6 +120,8 @@ class ParallelConfig(_Strict):
     """A rank that does not answer for so long counts as lost."""
     link_timeout_s: float = Field(default=120, gt=0, le=86400, allow_inf_nan=False)
     """A rank gives up on another one that sends nothing for so long."""
+    links: Literal["auto", "gloo"] = "auto"
+    """`auto`: shared memory between ranks on CPUs of one node, gloo between nodes, NCCL between GPUs."""
     queue_blocks: int = Field(default=4, ge=1, le=MAX_COUNT)
     """Finished blocks that may wait for the disk before denoising pauses."""
     trace: bool = True

@@ -102,6 +102,7 @@ class OnRanks:
             threads=job.threads or 1,
             state_every=job.state_every,
             link_timeout_s=job.parallel.link_timeout_s,
+            links=job.parallel.links,
             queue_blocks=job.parallel.queue_blocks,
             trace=job.parallel.trace,
             device=self.needs.device,

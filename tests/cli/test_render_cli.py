@@ -87,6 +87,7 @@ def test_canonical_flags_reach_the_job(run: Run):
             "min_ranks": 2,
             "heartbeat_timeout_s": 15.0,
             "link_timeout_s": 120.0,
+            "links": "auto",
             "queue_blocks": 4,
             "trace": True,
         },

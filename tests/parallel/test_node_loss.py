@@ -1,7 +1,7 @@
 """Ranks on several nodes: when a node is lost a render goes on with those that are left, to the same bytes.
 
-A node here is a raylet of its own on this machine. Each case runs as a script: `python test_node_loss.py FOLDER
-FAULT`, because a process can be in one Ray cluster only, and other tests keep theirs. Prints a line of JSON.
+A node is a raylet on this machine. Each case runs as a script, `python test_node_loss.py FOLDER FAULT CPUS`,
+because a process can be in one Ray cluster only and other tests keep theirs; it prints a line of JSON.
 """
 
 import importlib.util
@@ -79,6 +79,9 @@ def main(folder: Path, fault: str, spare_cpus: int) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
+    os.environ["RAY_worker_niceness"] = (
+        "0"  # 15 of a worker, as Ray starts them, is for ever on a busy machine
+    )
     jobs = _load_jobs()
     lost: dict[str, int] = {}
     frozen: list[int] = []
@@ -106,7 +109,7 @@ def main(folder: Path, fault: str, spare_cpus: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         workers = [cluster.add_node(num_cpus=1 + spare_cpus) for _ in range(2)]
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=cluster.address, log_to_driver=False)
         start = time.monotonic()
         done = render(job(jobs, folder / "v.mp4", NUM_RANKS), report=strike, note=notes.append)
         assert done.evidence is not None

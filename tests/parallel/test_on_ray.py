@@ -57,6 +57,19 @@ def test_any_number_of_ranks_leaves_the_same_bytes(
     assert not jobs.leftovers()
 
 
+def test_over_gloo_too_and_bytes_per_link_are_those_of_the_messages(
+    tmp_path: Path, whole: Any, local_ray: None, jobs: Any
+):
+    settings = {"queue": QUEUES["recompute"], "parallel": {"links": "gloo"}}
+    done = render(jobs.job(tmp_path / "v.mp4", 3, **settings))
+    assert jobs.files(tmp_path / "v.job") == whole["recompute"]
+    assert done.evidence is not None
+    (attempt,) = done.evidence["attempts"]
+    assert [rank["link"] for rank in attempt["ranks"]] == ["gloo"] * 3
+    for rank, sent in zip(attempt["ranks"], attempt["bytes_per_link"].values(), strict=True):
+        assert rank["items"] and sent % rank["items"] == 0, "every message has the same size"
+
+
 def test_a_cut_by_hand_is_used_and_weights_are_read_once(
     tmp_path: Path, whole: Any, local_ray: None, jobs: Any
 ):
