@@ -216,10 +216,11 @@ class _Run:
     def _finish(self) -> Rendered:
         job = self.plan.job
         output = self._with_room(self.sink.finish)
-        if job.output.save_latents:
-            _join_latents(self.journal, job.output.save_latents)
-        sheet = _make_sheet(self.engine, self.plan, self.journal)
-        self.journal.note("finished", True)
+        latents = job.output.save_latents
+        if latents:
+            self._with_room(lambda: _join_latents(self.journal, latents))
+        sheet = self._with_room(lambda: _make_sheet(self.engine, self.plan, self.journal))
+        self._with_room(lambda: self.journal.note("finished", True))
         return Rendered(
             output=output,
             sheet=sheet,

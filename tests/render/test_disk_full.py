@@ -37,6 +37,8 @@ STAGES = {
     "start of an append": ("v.job/live.mp4", 3),
     "end of an append": ("v.job/live.mp4", 6),
     "output": ("/.v.mp4.tmp", 1),
+    "joined latents": ("/.v.safetensors.tmp", 1),
+    "sheet": ("/.v.sheet.png.tmp", 1),
 }
 TIMES_FULL = 3
 TIMEOUTS = {"heartbeat_timeout_s": 6, "link_timeout_s": 8}
@@ -45,12 +47,15 @@ PATIENCE_S = 120.0
 
 
 def job(output: Path) -> JobConfig:
-    return parse_job(JOB | {"output": {"path": output, "sheet": False}})
+    return parse_job(
+        JOB | {"output": {"path": output, "save_latents": output.with_suffix(".safetensors")}}
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """A job's latents and segments, and the output's frames: its metadata hold its path."""
+    """A job's latents and segments, what was made of them, and the output's frames: its metadata differ."""
     paths = [*(folder / "v.job/latents").iterdir(), *(folder / "v.job/segments").iterdir()]
+    paths += [folder / "v.safetensors", folder / "v.sheet.png"]
     with VideoSource(folder / "v.mp4") as video:
         frames = video.frames(range(video.num_frames)).tobytes()
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths} | {"frames": frames}
