@@ -110,6 +110,8 @@ def gloo_rank(rank: int, port: Any, results: Any, what: str) -> None:
         incoming.receive()
     except TransportError as error:
         results.put((str(error), error.peer, time.monotonic() - start))
+    results.close()
+    results.join_thread()  # a queue writes in a thread of its own
     os._exit(0)
 
 

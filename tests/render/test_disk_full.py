@@ -38,7 +38,7 @@ STAGES = {
     "end of an append": ("v.job/live.mp4", 6),
     "output": ("/.v.mp4.tmp", 1),
     "joined latents": ("/.v.safetensors.tmp", 1),
-    "sheet": ("/.v.sheet.png.tmp", 1),
+    "sheet": ("/.v.png.tmp", 1),
 }
 TIMES_FULL = 3
 TIMEOUTS = {"heartbeat_timeout_s": 6, "link_timeout_s": 8}
@@ -47,15 +47,13 @@ PATIENCE_S = 120.0
 
 
 def job(output: Path) -> JobConfig:
-    return parse_job(
-        JOB | {"output": {"path": output, "save_latents": output.with_suffix(".safetensors")}}
-    )
+    return parse_job(JOB | {"output": {"path": output, "save_latents": output.with_suffix(".safetensors")}})
 
 
 def files(folder: Path) -> dict[str, bytes]:
     """A job's latents and segments, what was made of them, and the output's frames: its metadata differ."""
     paths = [*(folder / "v.job/latents").iterdir(), *(folder / "v.job/segments").iterdir()]
-    paths += [folder / "v.safetensors", folder / "v.sheet.png"]
+    paths += [folder / "v.safetensors", folder / "v.png"]
     with VideoSource(folder / "v.mp4") as video:
         frames = video.frames(range(video.num_frames)).tobytes()
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths} | {"frames": frames}
@@ -208,7 +206,8 @@ def vidgen(small_disk: Path) -> Iterator[Callable[..., Started]]:
 
     def start(*argv: object) -> Started:
         (small_disk.parent / "job.yaml").write_text(json.dumps(JOB | {"parallel": TIMEOUTS}))  # is YAML
-        what = ["render", "--config", "job.yaml", "-o", small_disk / "v.mp4", "--no-sheet", "--json", *argv]
+        made = ["-o", small_disk / "v.mp4", "--save-latents", small_disk / "v.safetensors"]
+        what = ["render", "--config", "job.yaml", *made, "--json", *argv]
         process = subprocess.Popen(
             [sys.executable, "-m", "vidgen", *map(str, what)], cwd=small_disk.parent, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
