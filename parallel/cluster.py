@@ -88,7 +88,8 @@ def _let_agents_end() -> None:
     """
     from ray._private import worker
 
-    log = Path(worker._global_node.get_logs_dir_path(), "raylet.out")
+    node: Any = worker._global_node
+    log = Path(node.get_logs_dir_path(), "raylet.out")
     with log.open("a", encoding="utf-8") as file:
         file.write("vidgen: so that the agents do not outlive a killed driver: Raylet received SIGTERM\n")
 

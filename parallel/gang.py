@@ -19,9 +19,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vidgen.denoise.lending import join_layers
 from vidgen.denoise.loop import LoopState
+from vidgen.parallel.actors import DecoderActor, RankActor
 from vidgen.parallel.cluster import Needs
-from vidgen.parallel.decoding import Decoder, DecodeReport
-from vidgen.parallel.rank import Blueprint, Failure, Rank, Report, Whereabouts, peak_memory_bytes
+from vidgen.parallel.decoding import DecodeReport
+from vidgen.parallel.rank import Blueprint, Failure, Report, Whereabouts
 from vidgen.parallel.steps import Decode, Decoded
 from vidgen.parallel.topology import Topology, balanced, by_hand
 
@@ -44,33 +45,6 @@ class GangConfig:
     layers_per_rank: tuple[int, ...] | None = None
     heartbeat_timeout_s: float = 15.0
     start_timeout_s: float = 120.0
-
-
-class RankActor(Rank):
-    """A Rank in a Ray actor, which knows where it is and hands clean blocks to the decoder."""
-
-    def __init__(self, index: int, blueprint: Blueprint, decoder: Any) -> None:
-        context = ray.get_runtime_context()
-
-        def emit(block: int, latents: Any) -> None:
-            decoder.put.remote(block, latents)
-
-        super().__init__(index, blueprint, emit if index == 0 else None, _own_host(), context.get_node_id())
-
-
-class DecoderActor(Decoder):
-    """A Decoder in a Ray actor."""
-
-    def __init__(self, load: Callable[[], Decode], num_threads: int) -> None:
-        whereabouts = Whereabouts(
-            pid=os.getpid(), host=_own_host(), node=ray.get_runtime_context().get_node_id(),
-            peak_memory_bytes=peak_memory_bytes(),
-        )  # fmt: skip
-        super().__init__(load, num_threads, whereabouts)
-
-
-def _own_host() -> str:
-    return ray.util.get_node_ip_address()
 
 
 @dataclass

@@ -13,20 +13,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 
-from vidgen import __version__
 from vidgen.config import JobConfig, override_parallel
-from vidgen.denoise.loop import FinishedBlock
 from vidgen.engine import Engine, Plan
 from vidgen.execute import Executor, check_parallel, executor
 from vidgen.journal import Journal, hold
 from vidgen.media.blocks import WrittenBlock
-from vidgen.media.segments import replacing, write_atomically
-from vidgen.media.sheet import save_sheet
+from vidgen.media.segments import write_atomically
 from vidgen.media.sink import Sink, open_sink, upscale
 from vidgen.parallel.steps import Decoded, Hooks, Step
 from vidgen.places import check_places, first_missing
+from vidgen.products import join_latents, make_sheet, metadata
 from vidgen.types import Progress
 
 RETRY_EVERY_S = 1.0
@@ -218,8 +215,8 @@ class _Run:
         output = self._with_room(self.sink.finish)
         latents = job.output.save_latents
         if latents:
-            self._with_room(lambda: _join_latents(self.journal, latents))
-        sheet = self._with_room(lambda: _make_sheet(self.engine, self.plan, self.journal))
+            self._with_room(lambda: join_latents(self.journal, latents))
+        sheet = self._with_room(lambda: make_sheet(self.engine, self.plan, self.journal))
         self._with_room(lambda: self.journal.note("finished", True))
         return Rendered(
             output=output,
@@ -249,7 +246,7 @@ class _Run:
             job.width * job.output.upscale,
             job.height * job.output.upscale,
             Fraction(job.fps),
-            {"title": job.timeline()[0].prompt, "comment": _metadata(self.engine, job)},
+            {"title": job.timeline()[0].prompt, "comment": metadata(self.engine, job)},
             crf=job.output.crf,
             done=done,
         )
@@ -295,33 +292,3 @@ def _torch_threads(plan: Plan) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _metadata(engine: Engine, job: JobConfig) -> str:
-    """All that is needed to repeat the render, as JSON."""
-    facts = {"vidgen": __version__, "torch": torch.__version__, "model_sha256": engine.sha256()}
-    return json.dumps({**facts, "job": job.model_dump(mode="json")})
-
-
-def _join_latents(journal: Journal, target: Path) -> None:
-    latents = [journal.load_latents(record.block) for record in journal.written()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
-        save_file({"latents": torch.cat(latents, dim=2)}, temporary)
-
-
-def _make_sheet(engine: Engine, plan: Plan, journal: Journal) -> Path | None:
-    """The contact sheet beside the output, each tile over its prompt."""
-    job = plan.job
-    target = job.output.sheet_path
-    if target is None:
-        return None
-    assert job.num_frames
-    segments = plan.timeline.segments
-    labels = [segment.prompt for segment in segments for _ in range(segment.num_frames)][: job.num_frames]
-    labels += [segments[-1].prompt] * (job.num_frames - len(labels))
-    blocks = (
-        engine.frames(FinishedBlock(plan.task.timetable.block(r.block), journal.load_latents(r.block)), plan)
-        for r in journal.written()
-    )
-    return save_sheet(blocks, job.num_frames, target, labels=labels)

@@ -23,18 +23,21 @@ import pytest
 from vidgen.config import parse_job
 from vidgen.render import render, resume
 
-JOB: dict[str, Any] = {  # 14 blocks, 17 ticks
+JOB: dict[str, Any] = {  # 16 blocks, 19 ticks
     "prompt": "a blue square moving up over a white background",
-    "num_frames": 109,
+    "num_frames": 125,
     "num_inference_steps": 4,
     "state_every": 2,
     "queue": {"block_frames": 2, "context_frames": 1, "context_mode": "cache", "anchor_frames": 1},
+    "parallel": {
+        "queue_blocks": 1
+    },  # a block per poll: ranks that run ahead could end before they are struck
     "output": {"sheet": False},
 }
 MARK = "VIDGEN_TEST_RUN"
 PATIENCE_S = 120.0  # with what a busy machine takes to start ranks
-GONE_WITHIN_S = 15.0
-ABORTED_WITHIN_S = 5.0
+GONE_WITHIN_S = 30.0  # on a busy machine; else about 1, and Ray's agents would stay for 61
+ABORTED_WITHIN_S = 10.0
 
 
 class Run:
@@ -146,7 +149,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, jobs: Any) -> dict[str, byte
 def test_a_driver_killed_again_and_again_leaves_no_process_and_the_job_ends_in_the_same_bytes(
     vidgen: Vidgen, whole: dict[str, bytes], jobs: Any
 ):
-    ticks = sorted(random.Random(0).sample(range(1, 12), 3))
+    ticks = sorted(random.Random(0).sample(range(1, 10), 3))
     for command, ranks, tick in zip(("render", "resume", "resume"), (2, 1, 3), ticks, strict=True):
         run = vidgen(command, "--ranks", ranks)
         run.until("progress", tick)
@@ -154,17 +157,16 @@ def test_a_driver_killed_again_and_again_leaves_no_process_and_the_job_ends_in_t
             mine = run.processes()
             assert {"raylet", "gcs_server"} <= set(mine.values()), mine
             assert len(run.ranks()) == ranks + 1 and set(run.ranks().values()) <= set(mine), mine
+        if ranks == 3:  # and while ranks are being replaced
+            pid = run.ranks()["rank 1"]
+            os.kill(pid, signal.SIGKILL)
+            message = run.until("note")["message"]
+            assert "rank 1" in message and str(pid) in message
         os.kill(run.process.pid, signal.SIGKILL)
         assert run.end() == -signal.SIGKILL
-    # the last run also loses a rank, which must not be taken for the end of it
     run = vidgen("resume", "--ranks", 2)
-    run.until("progress")
-    pid = run.ranks()["rank 1"]
-    os.kill(pid, signal.SIGKILL)
-    message = run.until("note")["message"]
-    assert "rank 1" in message and str(pid) in message
     evidence = run.until("finished")["evidence"]
-    assert evidence["restarts"] == 1 and len(evidence["attempts"]) == 2
+    assert [attempt["num_ranks"] for attempt in evidence["attempts"]] == [2]
     assert run.end() == 0
     assert (run.job.parent / "v.mp4").exists()
     assert jobs.files(run.job) == whole

@@ -1,0 +1,45 @@
+"""What a finished job leaves beside its video: metadata, latents, a contact sheet."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vidgen import __version__
+from vidgen.config import JobConfig
+from vidgen.denoise.loop import FinishedBlock
+from vidgen.engine import Engine, Plan
+from vidgen.journal import Journal
+from vidgen.media.segments import replacing
+from vidgen.media.sheet import save_sheet
+
+
+def metadata(engine: Engine, job: JobConfig) -> str:
+    """All that is needed to repeat the render, as JSON."""
+    facts = {"vidgen": __version__, "torch": torch.__version__, "model_sha256": engine.sha256()}
+    return json.dumps({**facts, "job": job.model_dump(mode="json")})
+
+
+def join_latents(journal: Journal, target: Path) -> None:
+    latents = [journal.load_latents(record.block) for record in journal.written()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        save_file({"latents": torch.cat(latents, dim=2)}, temporary)
+
+
+def make_sheet(engine: Engine, plan: Plan, journal: Journal) -> Path | None:
+    """The contact sheet beside the output, each tile over its prompt."""
+    job = plan.job
+    target = job.output.sheet_path
+    if target is None:
+        return None
+    assert job.num_frames
+    segments = plan.timeline.segments
+    labels = [segment.prompt for segment in segments for _ in range(segment.num_frames)][: job.num_frames]
+    labels += [segments[-1].prompt] * (job.num_frames - len(labels))
+    blocks = (
+        engine.frames(FinishedBlock(plan.task.timetable.block(r.block), journal.load_latents(r.block)), plan)
+        for r in journal.written()
+    )
+    return save_sheet(blocks, job.num_frames, target, labels=labels)
