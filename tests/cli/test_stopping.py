@@ -131,7 +131,7 @@ def test_a_fault_of_the_engine_shows_its_trace_and_keeps_the_job(run: Run, monke
     def fail(*_: object) -> None:
         raise KeyError("fault")
 
-    monkeypatch.setattr(rendering, "_make_sheet", fail)
+    monkeypatch.setattr(rendering, "make_sheet", fail)
     ran = run("render", RED, "--num-frames", 5, "--infer-steps", 2)
     assert ran.code == 3 and "Traceback" in ran.err
     assert "KeyError: 'fault'; 5 of 5 frames are kept" in ran.err.splitlines()[-1]

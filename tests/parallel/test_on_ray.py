@@ -88,20 +88,25 @@ def test_a_cut_by_hand_is_used_and_weights_are_read_once(
 
 
 def test_stopped_and_resumed_on_other_numbers_of_ranks_the_bytes_are_the_same(
-    tmp_path: Path, whole: Any, local_ray: None, jobs: Any
+    tmp_path: Path, local_ray: None, jobs: Any
 ):
-    queue = QUEUES["cache-anchor-stride"]
+    prompt = "a blue square moving up over a white background"
+    settings = {  # long enough that the wish to stop comes before the end
+        "segments": [{"prompt": prompt, "num_frames": 241}], "num_inference_steps": 6,
+        "queue": QUEUES["cache-anchor-stride"],
+    }  # fmt: skip
+    render(jobs.job(tmp_path / "whole.mp4", 1, **settings))
     ticks = []
     with pytest.raises(Interrupted):
         render(
-            jobs.job(tmp_path / "v.mp4", 2, queue=queue), report=lambda p: ticks.append(p.ticks_done),
+            jobs.job(tmp_path / "v.mp4", 2, **settings), report=lambda p: ticks.append(p.ticks_done),
             should_stop=lambda: bool(ticks) and ticks[-1] >= 3,
         )  # fmt: skip
     assert not jobs.leftovers()
     with pytest.raises(Interrupted):
         resume(tmp_path / "v.job", parallel={"ranks": 1}, should_stop=lambda: True)
     resume(tmp_path / "v.job", parallel={"ranks": 3})
-    assert jobs.files(tmp_path / "v.job") == whole["cache-anchor-stride"]
+    assert jobs.files(tmp_path / "v.job") == jobs.files(tmp_path / "whole.job")
     runs = json.loads((tmp_path / "v.job" / "evidence.json").read_text())
     assert [run["attempts"][-1]["num_ranks"] for run in runs] == [2, 3]
 
