@@ -1,8 +1,8 @@
 """A soak: faults drawn from a seed against renders on ranks, `python tools/chaos.py --faults 200 --ranks 3`.
 
-Every render is the command line in processes of its own. Ranks, the decoder and the driver are killed, stopped
-or interrupted, and what the driver leaves goes on on another number of ranks. A fault has to be named, nothing
-may go on running, and each finished render must have the frames of an undisturbed one: else the exit code is 1.
+Every render is the command line in processes of its own. Ranks, the decoder and the driver are killed,
+stopped or interrupted, and a job without a driver goes on on another number of ranks. The exit code is 1 if
+a fault was not named, a process was left, or a render has not the frames of an undisturbed one.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -50,6 +51,7 @@ KINDS = {
 TICKS_BETWEEN = (1, 4)  # from a recovery to the next fault
 MARK = "VIDGEN_CHAOS_RUN"
 GONE_WITHIN_S, EVENT_WITHIN_S = 30.0, 300.0
+MOST_WRONG = 10  # renders, and it gives up
 
 
 class Wrong(Exception):
@@ -63,7 +65,8 @@ class Fault:
     kind: str
     render: int
     struck_s: float
-    named_s: float | None = None  # for the driver: until none of its processes was left
+    who: tuple[str, str]  # name and process id
+    named_s: float | None = None  # of the driver: until none of its processes was left
     recovered_s: float | None = None  # until the render moved on
     is_late: bool = False  # the render was finished before it could tell
 
@@ -160,7 +163,7 @@ class Soak:
             self._finish("whole")
             self._whole = frame_digests(self.folder / "whole.mp4")
             index = 0
-            while len(self.faults) < self.num_faults:
+            while len(self.faults) < self.num_faults and len(self.wrong) < MOST_WRONG:
                 try:
                     self._render(index)
                 except Wrong as wrong:
@@ -185,12 +188,12 @@ class Soak:
             kind = self._rng.choice([kind for kind in KINDS if ranks > 1 or KINDS[kind][0] == "driver"])
             fault = self._strike(kind, index, name)
             if KINDS[kind][0] != "driver":
-                if not self._until_recovered(fault, name):
+                if not self._until_recovered(fault):
                     break
             elif self._driver_ended(fault):
                 break
             else:
-                ranks = self._rng.choice([n for n in range(1, self.max_ranks + 1) if n != ranks])
+                ranks = self._other_number(ranks)
                 driver_fault = fault
                 self._start("resume", name, ranks)
         self._finish(name)
@@ -199,15 +202,22 @@ class Soak:
             self.differing.add(index)
             self.wrong.append(f"render {index}: other frames, see {self.folder / name}.mp4")
             return
-        for path in self.folder.glob(f"{name}.*"):  # nothing to look at
-            subprocess.run(["rm", "-rf", path], check=True)
+        (self.folder / f"{name}.mp4").unlink()
+        shutil.rmtree(self.folder / f"{name}.job")
+
+    def _other_number(self, ranks: int) -> int:
+        """Of ranks; seldom 1, because only the driver can fail then."""
+        several = [number for number in range(2, self.max_ranks + 1) if number != ranks]
+        is_one = ranks > 1 and (not several or self._rng.random() < 0.2)
+        return 1 if is_one else self._rng.choice(several)
 
     def _start(self, command: str, name: str, ranks: int) -> None:
-        what = ["--config", "job.yaml", "-o", f"{name}.mp4"] if command == "render" else [f"{name}.job"]
+        new = ["--config", "job.yaml", "-o", f"{name}.mp4", "--overwrite"]
+        what = new if command == "render" else [f"{name}.job"]
         self._run = Run(self.folder, command, *what, "--ranks", ranks)
 
     def _event(self) -> dict[str, Any]:
-        """The next event of the run. Wrong when it has ended, or has noted what nobody did."""
+        """The next event of a run that is to go on. Wrong when it has ended."""
         assert self._run is not None
         event = self._run.next()
         if event is None or event["event"] in ("failed", "interrupted"):
@@ -235,39 +245,41 @@ class Soak:
     def _strike(self, kind: str, index: int, name: str) -> Fault:
         assert self._run is not None
         target, number = KINDS[kind]
-        fault = Fault(kind=kind, render=index, struck_s=time.monotonic())
-        if target == "driver":
-            group = self._run.process.pid
-            os.kill(group, number) if number == signal.SIGKILL else os.killpg(group, number)
-        else:
+        pid, who = self._run.process.pid, target
+        if target != "driver":
             places = json.loads((self.folder / f"{name}.job" / "ranks.json").read_text())
             place = self._rng.choice([place for place in places if place["name"].startswith(target)])
-            self._struck = place["name"], str(place["pid"])
-            with suppress(ProcessLookupError):  # the render may just have ended
-                os.kill(place["pid"], number)
-        self.faults.append(fault)
-        return fault
+            pid, who = place["pid"], place["name"]
+        with suppress(ProcessLookupError):  # the render may just have ended
+            if number == signal.SIGINT:
+                os.killpg(pid, number)  # as a terminal does
+            else:
+                os.kill(pid, number)
+        self.faults.append(Fault(kind=kind, render=index, struck_s=time.monotonic(), who=(who, f"pid {pid}")))
+        return self.faults[-1]
 
-    def _until_recovered(self, fault: Fault, name: str) -> bool:
+    def _until_recovered(self, fault: Fault) -> bool:
         """Wait until the fault is named and the render has moved on; false when it was finished before."""
+        others: list[str] = []
         while True:
             event = self._event()
             took_s = time.monotonic() - fault.struck_s
             if event["event"] == "note":
-                if fault.named_s is None and all(part in event["message"] for part in self._struck):
+                if fault.named_s is None and all(part in event["message"] for part in fault.who):
                     fault.named_s = took_s
-                elif fault.named_s is None and self._struck[0] not in event["message"]:
-                    raise Wrong(f"{fault.kind} ({' '.join(self._struck)}) was named {event['message']!r}")
                 else:
+                    others.append(event["message"])
                     self.notes_without_fault.append(event["message"])
             elif event["event"] == "finished":
                 fault.is_late = fault.named_s is None
+                if fault.is_late and others:
+                    raise Wrong(f"{fault.kind}: {' '.join(fault.who)} was named {others[0]!r}")
                 fault.recovered_s = None if fault.is_late else took_s
-                self._tell(fault, "at the end of the render")
+                self._tell(fault, f"{fault.who[0]}, at the end of the render")
                 return False
             elif event["event"] == "progress" and fault.named_s is not None:
                 fault.recovered_s = took_s
-                self._tell(fault, f"{self._struck[0]}, at tick {event['ticks_done']}")
+                self._tell(fault, f"{fault.who[0]}, at tick {event['ticks_done']}")
                 return True
 
     def _driver_ended(self, fault: Fault) -> bool:
@@ -293,8 +305,8 @@ class Soak:
             for seconds in (fault.named_s, fault.recovered_s)
         )
         print(
-            f"{len(self.faults)}/{self.num_faults} render {fault.render}: {fault.kind}, named or gone in "
-            f"{named}, recovered in {recovered} ({text})", file=sys.stderr, flush=True,
+            f"{len(self.faults)}/{self.num_faults} render {fault.render}: {fault.kind}, named in {named}, "
+            f"recovered in {recovered} ({text})", file=sys.stderr, flush=True,
         )  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:
@@ -303,18 +315,15 @@ class Soak:
         for kind in KINDS:
             mine = [fault for fault in self.faults if fault.kind == kind]
             told = [fault for fault in mine if not fault.is_late]
-            found.append(
-                {
-                    "fault": kind,
-                    "times": len(mine),
-                    "named or gone, median s": _median(fault.named_s for fault in told),
-                    "max s": _most(fault.named_s for fault in told),
-                    "recovered, median s": _median(fault.recovered_s for fault in told),
-                    "max  s": _most(fault.recovered_s for fault in told),
-                    "after the end": len(mine) - len(told),
-                    "with other frames": sum(fault.render in self.differing for fault in mine),
-                }
-            )
+            row: dict[str, Any] = {"fault": kind, "times": len(mine)}
+            for what in ("named", "recovered"):
+                values = [getattr(fault, f"{what}_s") for fault in told]
+                known = [value for value in values if value is not None]
+                row[f"{what}, median s"] = f"{statistics.median(known):.1f}" if known else "-"
+                row[f"{what}, max s"] = f"{max(known):.1f}" if known else "-"
+            row["after the end"] = len(mine) - len(told)
+            row["other frames"] = sum(fault.render in self.differing for fault in mine)
+            found.append(row)
         return found
 
 
@@ -322,20 +331,6 @@ def frame_digests(video: Path) -> list[str]:
     """SHA-256 of each decoded frame."""
     with VideoSource(video) as source:
         return [hashlib.sha256(frame.tobytes()).hexdigest() for frame in source]
-
-
-def _known(values: Any) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _median(values: Any) -> str:
-    known = _known(values)
-    return f"{statistics.median(known):.1f}" if known else "-"
-
-
-def _most(values: Any) -> str:
-    known = _known(values)
-    return f"{max(known):.1f}" if known else "-"
 
 
 def _arguments(words: list[str] | None) -> argparse.Namespace:
@@ -363,12 +358,14 @@ def main(words: list[str] | None = None) -> int:
             soak.to_the_end()
         except KeyboardInterrupt:
             is_complete = False
+        except Wrong as wrong:
+            soak.wrong.append(f"the undisturbed render: {wrong}")
         print(", ".join(f"{name} {value}" for name, value in machine_facts().items()))
         print(table(soak.rows()))
         print(
             f"seed {given.seed}, up to {given.ranks} ranks: {len(soak.faults)} faults in {soak.num_renders} "
-            f"finished renders of {JOB['num_frames']} frames, {time.monotonic() - start:.0f} s; other frames in "
-            f"{len(soak.differing)}; {len(soak.notes_without_fault)} losses that nobody made"
+            f"finished renders of {JOB['num_frames']} frames, {time.monotonic() - start:.0f} s; other frames "
+            f"in {len(soak.differing)}; {len(soak.notes_without_fault)} losses that nobody made"
         )
         for line in soak.notes_without_fault:
             print(f"nobody's: {line}")
