@@ -1,7 +1,7 @@
 """Ranks on several nodes: when a node is lost a render goes on with those that are left, to the same bytes.
 
 A node is a raylet on this machine. Each case runs as a script, `python test_node_loss.py FOLDER FAULT CPUS`,
-because a process can be in one Ray cluster only and other tests keep theirs; it prints a line of JSON.
+because a process can be in one Ray cluster only and other tests keep theirs; it leaves FOLDER/told.json.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ def lost(fault: str, folder: Path, jobs: Any, **spare: int) -> dict[str, Any]:
     command = [sys.executable, __file__, str(folder), fault, str(spare.get("cpus", 0))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = json.loads((folder / "told.json").read_text())
     render(job(jobs, folder / "whole.mp4", 1))
     assert jobs.files(folder / "v.job") == jobs.files(folder / "whole.job")
     assert any(
@@ -120,7 +120,7 @@ def main(folder: Path, fault: str, spare_cpus: int) -> None:
             "leftovers": len(jobs.leftovers()),
             "seconds": time.monotonic() - start,
         }
-        print(f"\n{json.dumps(told)}", flush=True)
+        (folder / "told.json").write_text(json.dumps(told))  # not on stdout, where Ray speaks as well
     finally:
         for pid in frozen:
             with suppress(ProcessLookupError):

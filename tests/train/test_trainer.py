@@ -86,3 +86,15 @@ def test_levels_are_shared_rising_or_independent(shift: float) -> None:
     shared = (steps == 0).all(1).float().mean().item()
     rising = (steps >= 0).all(1).float().mean().item() - shared
     assert abs(shared - 0.5) < 0.05 and abs(rising - 0.4) < 0.06
+
+
+def test_a_cut_clip_counts_its_own_frames_only_and_keeps_them(tmp_path: Path) -> None:
+    trainer = Trainer(TrainConfig(**SMALL, num_steps=1, cut_share=1.0), tmp_path)
+    before = torch.randn(5, 24, 6, 4, 4)
+    clean = before.clone()
+    counts = trainer._cut(clean)
+    for clip in range(5):
+        own = counts[clip] == 1
+        assert 0 < own.sum() < 6 and own.int().diff().abs().sum() == 1
+        assert torch.equal(clean[clip][:, own], before[clip][:, own])
+        assert torch.equal(clean[clip][:, ~own], before[clip - 1][:, ~own])

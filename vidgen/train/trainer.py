@@ -51,6 +51,7 @@ class TrainConfig:
     average_decay: float = 0.999
     caption_dropout: float = 0.1
     level_shift: float = 6.0
+    cut_share: float = 0.0  # of the clips: another scene begins or ends in them, as where a prompt changes
     pixel_weight: float = 0.0  # 0: all latent channels alike, 2: by their share of the pixels' energy
     compile: bool = True
     device: str = "cpu"
@@ -185,8 +186,8 @@ class Trainer:
                 torch._foreach_lerp_(targets, [source.detach() for source in sources], 1 - decay)
         return loss.item()
 
-    def draw_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(clean latents, noise, noise levels, word numbers) of random clips."""
+    def draw_batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(clean latents, noise, noise levels, word numbers, frames that count [B, F]) of random clips."""
         config, codec = self.config, self.model.codec
         frames = self.rng.choices(config.latent_frames, config.clip_weights)[0]
         tokens = frames * (config.size // codec.spatial_stride) ** 2
@@ -198,19 +199,39 @@ class Trainer:
             scenes, num_frames=frames * codec.temporal_stride, size=config.size, rng=self.rng
         )
         clean = codec.encode(pixels.to(self.device))
+        counts = self._cut(clean)
         noise = torch.randn(clean.shape, generator=self.generator).to(self.device)
         levels = draw_levels(len(scenes), frames, config.level_shift, self.generator).to(self.device)
-        return clean, noise, levels, self.model.text.ids(captions).to(self.device)
+        return clean, noise, levels, self.model.text.ids(captions).to(self.device), counts
 
-    def loss(self, clean: Tensor, noise: Tensor, levels: Tensor, words: Tensor) -> Tensor:
-        """Velocity error, weighted toward the channels that carry pixels by scale ** pixel_weight."""
+    def _cut(self, clean_BCFYX: Tensor) -> Tensor:
+        """Put frames of the next clip before or after some clips' own; 1 where frames are their own, [B, F].
+
+        So a window looks where a prompt changes: its text tells of its own frames, which alone count.
+        """
+        num_clips, frames = clean_BCFYX.shape[0], clean_BCFYX.shape[2]
+        counts = torch.ones(num_clips, frames, device=self.device)
+        if not self.config.cut_share or min(num_clips, frames) < 2:
+            return counts
+        others = clean_BCFYX.roll(1, dims=0)
+        for clip in range(num_clips):
+            if self.rng.random() < self.config.cut_share:
+                at = self.rng.randrange(1, frames)
+                foreign = slice(0, at) if self.rng.random() < 0.5 else slice(at, frames)
+                clean_BCFYX[clip, :, foreign] = others[clip, :, foreign]
+                counts[clip, foreign] = 0
+        return counts
+
+    def loss(self, clean: Tensor, noise: Tensor, levels: Tensor, words: Tensor, counts: Tensor) -> Tensor:
+        """Velocity error of the frames that count, weighted by channel with scale ** pixel_weight."""
         level = levels.view(levels.shape[0], 1, -1, 1, 1)
         mixed = (1 - level) * clean + level * noise
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             velocity = self.model.dit(mixed, levels, self.model.text(words))
         weight = self.model.codec.scale**self.config.pixel_weight
         weight = weight / weight.mean()
-        return ((velocity.float() - (noise - clean)).square() * weight.view(1, -1, 1, 1, 1)).mean()
+        error = ((velocity.float() - (noise - clean)).square() * weight.view(1, -1, 1, 1, 1)).mean((1, 3, 4))
+        return (error * counts).sum() / counts.sum()
 
     def _rate_factor(self) -> float:
         """Warm-up, constant, then linear to zero."""
