@@ -75,6 +75,8 @@ class FirstStage(StageRun):
             task.runs_per_forward,
             links,
             lent=state.lent,
+            sparsity=task.sparsity,
+            backend=task.attention_backend,
             **options,
         )
         self.task = task
@@ -116,7 +118,7 @@ class FirstStage(StageRun):
                 parts = self.work(item, partial(self._compute, item, window, text))
                 self.send(item, parts)
                 self._in_flight.append((started, item))
-        self.lending.end_tick(self.timetable.kept_after(tick))
+        self.end_tick(tick)
         if self.is_saved_after(tick):
             self._lent_after[tick] = self.lending.lent.copy()
         self.next_tick = tick + 1

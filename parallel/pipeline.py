@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidgen.denoise.attending import Attending, Sparsity
 from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.loop import Task
 from vidgen.denoise.timetable import Forward, Timetable
+from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.dit import Conditioning, DiT, Grid
 from vidgen.parallel.topology import Stage
 from vidgen.parallel.transport import Header, Incoming, Kind, MessageLayout, Outgoing
@@ -125,12 +127,19 @@ class StageRun:
         links: Links,
         *,
         lent: Lent | None = None,
+        sparsity: Sparsity | None = None,
+        backend: str | None = None,
         state_every: int = 0,
         trace: bool = True,
     ) -> None:
         self.stage, self.model, self.timetable, self.shapes = stage, model, timetable, shapes
         self.runs_per_forward, self.links = runs_per_forward, links
-        self.lending = Lending(lent or Lent())
+        lent = lent or Lent()
+        self.lending, self.attending = Lending(lent), None
+        if sparsity is not None:
+            num_layers = model.config.num_layers
+            self.attending = Attending(sparsity, timetable, stage.layers, num_layers, lent)
+        self.backend = backend  # of attention
         self.state_every, self.trace = state_every, trace
         self.stats = Stats()
         self.doing = "starting"
@@ -146,11 +155,18 @@ class StageRun:
         self, item: Header, tokens: Tensor, conditioning: Conditioning, frames_before: int
     ) -> Tensor:
         """The tokens after this stage's layers; what the forward lends of them is kept."""
-        tokens, own = self.model.run_layers(
-            tokens, conditioning, self.grid(tokens.shape[1]), self.lending.context(item.run)
-        )
+        grid, context = self.grid(tokens.shape[1]), self.lending.context(item.run)
+        attends = self.attending and self.attending.attends(item.block, item.step, item.run, grid, context)
+        with attention_backend(self.backend):
+            tokens, own = self.model.run_layers(tokens, conditioning, grid, context, attends)
         self.lending.keep(own, frames_before)
         return tokens
+
+    def end_tick(self, tick: int) -> None:
+        """What this tick's forwards leave for later ones becomes visible."""
+        self.lending.end_tick(self.timetable.kept_after(tick))
+        if self.attending is not None:
+            self.attending.end_tick(tick)
 
     def send(self, header: Header, parts: tuple[Tensor, ...] = ()) -> None:
         self.doing = f"sending to rank {(self.stage.index + 1) % self.stage.num_stages}"
@@ -205,7 +221,7 @@ class LaterStage(StageRun):
                         if not (tick and self.is_saved_after(tick - 1)):
                             save(tick, self.lending.lent.copy())
                         return tick
-            self.lending.end_tick(self.timetable.kept_after(tick))
+            self.end_tick(tick)
             if self.is_saved_after(tick):
                 save(tick + 1, self.lending.lent.copy())
         self.links.outgoing.flush()

@@ -204,7 +204,7 @@ class Rank:
             return first.run(self)
         later = LaterStage(
             stage, self._placed.model, task.timetable, shapes, task.runs_per_forward, links,
-            lent=state.lent, **options,
+            lent=state.lent, sparsity=task.sparsity, backend=task.attention_backend, **options,
         )  # fmt: skip
         self._stage_run = later
         return later.run(state.next_tick, lambda tick, lent: self.save(LoopState(tick, {}, lent)))
@@ -242,6 +242,8 @@ class Rank:
                 if name != "spans":
                     found[name] = getattr(run.stats, name)
             found["bytes_sent"] = run.links.outgoing.bytes_sent
+            if self.blueprint.task.sparsity is not None:
+                found["attention"] = self.blueprint.task.sparsity.tally.layers()
             found["link"] = type(run.links.outgoing).__name__.removesuffix("Outgoing").lower()
         return found
 

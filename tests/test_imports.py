@@ -31,7 +31,7 @@ class Room:
 
 FACES = ("vidgen.cli", "vidgen.cli_*", "vidgen.__main__", "vidgen.serve")
 LAYERS = ("vidgen.types", "vidgen.kernels", "vidgen.model")
-MATH = (*LAYERS, "vidgen.conditioning", "vidgen.stepcache")
+MATH = (*LAYERS, "vidgen.conditioning", "vidgen.sparsity", "vidgen.stepcache")
 PARTS = (*LAYERS, "vidgen.codec", "vidgen.conditioning.text")  # of the built-in model
 
 # The longest key that holds a module is its room.
@@ -43,6 +43,8 @@ ROOMS: dict[str, Room] = {
     "vidgen.codec": Room(engine=LAYERS, outside=BARE, alone=True),
     "vidgen.conditioning": Room(engine=LAYERS, outside=BARE),
     "vidgen.builtin": Room(engine=PARTS, outside=BARE, alone=True),
+    "vidgen.sparsity": Room(engine=("vidgen.kernels",), outside=BARE, alone=True),
+    "vidgen.sparsity.settings": Room(outside=frozenset(), alone=True),
     "vidgen.stepcache": Room(engine=LAYERS),
     "vidgen.denoise": Room(engine=MATH),
     "vidgen.denoise.noise": Room(engine=("vidgen.types",), outside=BARE, alone=True),
@@ -57,7 +59,9 @@ ROOMS: dict[str, Room] = {
         alone=True,
     ),
     "vidgen.media": Room(engine=("vidgen.types",)),
-    "vidgen.config": Room(engine=("vidgen.types", "vidgen.conditioning", "vidgen.denoise.timetable")),
+    "vidgen.config": Room(
+        engine=("vidgen.types", "vidgen.conditioning", "vidgen.denoise.timetable", "vidgen.sparsity.settings")
+    ),
     "vidgen.journal": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config", "vidgen.media")),
     "vidgen.limits": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config")),
     "vidgen.parallel": Room(engine=(*MATH, "vidgen.denoise"), outside=BARE, alone=True),

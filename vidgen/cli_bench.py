@@ -55,6 +55,52 @@ def model(json_file: Json = None) -> int:
     return _show(bench_model(), json_file)
 
 
+@bench.command()
+def kernels(
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="of the sequence", min=1)] = 8192,
+    heads: Annotated[int, typer.Option("--heads", metavar="N", min=1)] = 2,
+    head_dim: Annotated[int, typer.Option("--head-dim", metavar="N", min=8)] = 64,
+    block: Annotated[int, typer.Option("--block", metavar="N", help="tokens", min=16)] = 128,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="float32|bfloat16|...")] = "float32",
+    json_file: Json = None,
+) -> int:
+    """Time attention kernels: dense and sparse, as a share of what their density allows."""
+    from vidgen.bench.kernels import KernelCase, absent_backends, bench_kernels
+
+    case = KernelCase(tokens=tokens, heads=heads, head_dim=head_dim, block=block, device=device, dtype=dtype)
+    done = _show(bench_kernels(case), json_file)
+    for name, reason in absent_backends().items():
+        write_line("stdout", f"not measured: {name}, which {reason}")
+    return done
+
+
+@bench.command()
+def attention(
+    prompts: Annotated[int, typer.Option("--prompts", metavar="N", help="clips of each policy", min=1)] = 32,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="also time 8,192 tokens; minutes")] = True,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="draw the layouts that were chosen (PNG)")
+    ] = None,
+    json_file: Json = None,
+) -> int:
+    """Hold sparsity policies against dense attention: density, recall, quality, adherence, time."""
+    from vidgen.bench.attention import LargeCase, bench_quality, bench_speed, draw_layouts
+
+    rows, policies = bench_quality(prompts)
+    _show(rows, json_file)
+    for name, sparsity in policies.items():
+        for layer in sparsity.tally.layers():
+            facts = "  ".join(f"{key} {value}" for key, value in layer.items())
+            write_line("stdout", f"{name}: {facts}")
+    if picture is not None:
+        write_line("stdout", f"layouts {draw_layouts(policies, picture)}")
+    if speed:
+        fast = json_file.with_stem(f"{json_file.stem}_speed") if json_file else None
+        return _show(bench_speed(LargeCase()), fast)
+    return OK
+
+
 def _numbers(flag: str, text: str) -> list[int]:
     try:
         numbers = [int(number) for number in text.split(",")]

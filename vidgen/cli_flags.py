@@ -56,6 +56,17 @@ FLAGS = (
     Flag("queue.noise", "--noise", "pool|independent", "where a block's noise comes from"),
     Flag("queue.guidance", "--guidance", "split|stacked", "guidance branches one by one, or as a batch"),
     Flag("queue.transition_blocks", "--transition-blocks", "N", "over which prompts blend (default: 0)"),
+    Flag(
+        "attention.backend", "--attention-backend", "NAME", "see `vidgen doctor` (default: fixed by device)"
+    ),
+    Flag(
+        "attention.sparsity.policy",
+        "--sparsity",
+        "NAME",
+        "adaspa, svg2, ...: an approximation (default: none)",
+    ),
+    Flag("attention.sparsity.density", "--density", "X", "adaspa: share of key blocks kept (default: 0.2)"),
+    Flag("attention.sparsity.recall", "--recall", "X", "adaspa: share of attention kept, instead of density"),
     Flag("parallel.ranks", "--ranks --num-gpus", "N|auto", "processes that share the layers (default: 1)"),
     Flag("parallel.address", "--address", "HOST:PORT", "of a Ray cluster (default: RAY_ADDRESS, else none)"),
     Flag("parallel.placement", "--placement", "pack|spread", "ranks on few nodes or on many"),
@@ -151,11 +162,12 @@ def build_job(
     if "prompt" in given:
         values.pop("segments", None)
     for field, value in given.items():
-        room, _, name = field.rpartition(".")
-        if room:
-            values[room] = {**values.get(room, {}), name: value}
-        else:
-            values[name] = value
+        *rooms, name = field.split(".")
+        inner = values
+        for room in rooms:
+            inner[room] = dict(inner.get(room) or {})
+            inner = inner[room]
+        inner[name] = value
     return parse_job(values, "command line")
 
 

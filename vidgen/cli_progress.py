@@ -107,8 +107,10 @@ class RenderView:
         if rendered.first_frame_s is not None:
             took += f", first frame after {rendered.first_frame_s:.2f} s"
         self.say(took)
-        if rendered.evidence and rendered.evidence["attempts"]:
+        if rendered.evidence and rendered.evidence.get("attempts"):
             self.say(f"ranks   {_ranks(rendered.evidence)}")
+        if rendered.job.attention.sparsity.policy != "none" and rendered.evidence:
+            self.say(f"sparse  {_sparse(rendered.evidence)}")
         self.say(f"video   {rendered.output}")
         if rendered.sheet:
             self.say(f"sheet   {rendered.sheet}")
@@ -133,11 +135,31 @@ def _ranks(evidence: dict[str, Any]) -> str:
     )
 
 
+def _sparse(evidence: dict[str, Any]) -> str:
+    from vidgen.sparsity.tally import summarise
+
+    rows = evidence.get("attention")
+    if rows is None:  # on ranks, each has its layers
+        rows = [row for rank in evidence["attempts"][-1]["ranks"] for row in rank.get("attention", ())]
+    found = summarise(rows)
+    calls = found["dense"] + found["search"] + found["sparse"]
+    recall = (
+        "" if found["recall"] is None else f", {100 * found['recall']:.1f} % of attention kept by choices"
+    )
+    return (
+        f"{100 * (found['density'] or 1):.1f} % of (query, key) pairs seen on average{recall}; "
+        f"{found['sparse']} of {calls} runs of a layer sparse, {found['search']} searches in {found['search_s']:.1f} s"
+    )
+
+
 def _facts(job: "JobConfig", folder: Path, progress: Progress) -> list[str]:
     assert job.width and job.height and job.num_frames and job.fps
     scale = job.output.upscale
     shown = f", shown as {job.width * scale}x{job.height * scale}" if scale > 1 else ""
+    sparsity = job.attention.sparsity
+    approximation = [] if sparsity.policy == "none" else [f"sparse  {sparsity.policy}: an approximation"]
     return [
+        *approximation,
         f"frames  {job.num_frames} of {job.width}x{job.height}{shown}, {job.num_frames / job.fps:.1f} s "
         f"at {job.fps} per second",
         f"model   {job.model}, seed {job.seed}, {job.num_inference_steps} steps, "

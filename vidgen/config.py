@@ -7,6 +7,7 @@ says everything that is needed to repeat it.
 import difflib
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,12 +22,14 @@ from pydantic import (
     model_validator,
 )
 
+from vidgen.sparsity.settings import SparsitySettings
 from vidgen.types import ContextMode, GuidanceMode, NoiseKind, Recommended, Segment
 
 DEFAULT_NUM_FRAMES = 65
 MAX_COUNT = 10**15  # far past any machine; keeps estimates within what a float can hold
 MAX_RANKS = 4096
 MAX_SHOWN_CHARACTERS = 100
+BACKEND_VARIABLE = "VIDGEN_ATTENTION_BACKEND"
 
 
 def _check_text(value: Any) -> Any:
@@ -77,6 +80,16 @@ class QueueConfig(_Strict):
     """Branches of guidance one by one, which fills a pipeline better, or `stacked` as one batch."""
     transition_blocks: int = Field(default=0, ge=0)
     """Blocks over which one prompt turns into the next."""
+
+
+class AttentionConfig(_Strict):
+    """How attention is computed, and how much of it."""
+
+    backend: Text | None = None
+    """A kernel by name (see `vidgen doctor`), or `auto`: the fastest by measurement, whose last bits then depend
+    on the machine. By default VIDGEN_ATTENTION_BACKEND, else always the same one for a device."""
+    sparsity: SparsitySettings = SparsitySettings()
+    """An approximation, off by default: see vidgen/sparsity/settings.py."""
 
 
 class OutputConfig(_Strict):
@@ -157,6 +170,7 @@ class JobConfig(_Strict):
     state_every: int = Field(default=8, ge=1)
     """Ticks between two saved states."""
     queue: QueueConfig = QueueConfig()
+    attention: AttentionConfig = AttentionConfig()
     parallel: ParallelConfig = ParallelConfig()
     output: OutputConfig = OutputConfig()
 
@@ -196,9 +210,11 @@ def resolve(config: JobConfig, recommended: Recommended) -> JobConfig:
         "threads": recommended.threads,
     }
     missing = {name: value for name, value in filled.items() if getattr(config, name) is None}
+    backend = config.attention.backend or os.environ.get(BACKEND_VARIABLE) or None
     return config.model_copy(
         update={
             **missing,
+            "attention": config.attention.model_copy(update={"backend": backend}),
             "queue": queue.model_copy(
                 update={
                     "block_frames": block_frames,
@@ -259,13 +275,17 @@ def frames_digest(config: JobConfig) -> str:
     """SHA-256 of all settings that decide a frame or its encoding; the others may change between runs."""
     values = config.model_dump(mode="json", exclude={"parallel", "state_every", "device"})
     values["output"] = {name: values["output"][name] for name in ("upscale", "crf")}
+    if config.attention == AttentionConfig():
+        del values["attention"]  # jobs begun before there was such a section go on
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"]) or "job"
-    if error["type"] != "extra_forbidden":
+    if error["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
         message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "value_error" and isinstance(error["input"], dict):
+            return f"{key}: {message}"  # which names the setting
         return f"{key}={_shown(error['input'])}: {message[0].lower()}{message[1:]}"
     known = _keys(error["loc"][:-1])
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
@@ -281,8 +301,11 @@ def _shown(value: Any) -> str:
 
 def _keys(path: tuple[str | int, ...]) -> list[str]:
     """Keys known at a place of the config."""
+    if path[:2] == ("attention", "sparsity"):
+        return list(SparsitySettings.__dataclass_fields__)
     rooms: dict[str | int, type[BaseModel]] = {
-        "queue": QueueConfig, "parallel": ParallelConfig, "output": OutputConfig, "segments": SegmentConfig
+        "queue": QueueConfig, "parallel": ParallelConfig, "output": OutputConfig, "segments": SegmentConfig,
+        "attention": AttentionConfig,
     }  # fmt: skip
     model = rooms[path[0]] if path else JobConfig
     return list(model.model_fields)

@@ -15,13 +15,12 @@ from vidgen import __version__
 
 REQUIRED = ("torch", "numpy", "safetensors", "pydantic", "PyYAML", "typer", "rich", "av", "pillow")
 INSTALL = "pip install vidgen brings it"
-ATTENTION = {
-    "native": ("torch.nn.functional", "in every torch"),
-    "flex": ("torch.nn.attention.flex_attention", "in torch 2.5 and later"),
-    "triton": ("triton", "comes with torch for CUDA: pip install triton"),
-    "flash": ("flash_attn", "needs CUDA: pip install flash-attn --no-build-isolation"),
-    "xformers": ("xformers.ops", "needs CUDA: pip install xformers"),
-    "sage": ("sageattention", "needs CUDA: pip install sageattention"),
+ATTENTION = {  # how to get the backends that are not in every installation
+    "flex": "needs a C++ compiler on a CPU",
+    "triton": "needs CUDA; comes with torch for CUDA: pip install triton",
+    "flash": "needs CUDA: pip install flash-attn --no-build-isolation",
+    "xformers": "needs CUDA: pip install xformers",
+    "sage": "needs CUDA: pip install sageattention",
 }
 CODECS = {  # encoder, decoder, whether a render needs it
     "H.264": ("libx264", "h264", True),
@@ -114,13 +113,20 @@ def _devices() -> Iterator[Finding]:
 
 
 def _attention() -> Iterator[Finding]:
-    for name, (module, advice) in ATTENTION.items():
-        reason = _why_not(lambda module=module: importlib.import_module(module))
+    if _why_not(lambda: importlib.import_module("torch")):
+        return
+    from vidgen.kernels.attention.backends import BACKENDS, absent
+
+    for name, backend in BACKENDS.items():
+        reason = absent(name)
         if reason:
-            state = "missing" if name == "native" else "absent"
-            yield Finding(group="attention", name=name, state=state, detail=reason, advice=advice)
+            yield Finding(
+                group="attention", name=name, state="absent", detail=reason, advice=ATTENTION.get(name, "")
+            )
         else:
-            yield Finding(group="attention", name=name, state="ok", detail=f"{module} can be imported")
+            does = ", ".join(["dense", *sorted(backend.does)])
+            detail = f"on {', '.join(sorted(backend.devices))}: {does}"
+            yield Finding(group="attention", name=name, state="ok", detail=detail)
 
 
 def _codecs() -> Iterator[Finding]:

@@ -6,6 +6,7 @@ for block in engine.stream(prompt, num_frames=257): ...
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,10 +23,14 @@ from vidgen.builtin import BUILTIN_PATH, SmallModel, load_dit, load_small
 from vidgen.codec.dct import DctCodec
 from vidgen.conditioning.prompts import BlockTexts, Timeline
 from vidgen.config import JobConfig, parse_job, resolve
+from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.loop import FinishedBlock, Task, denoise
 from vidgen.denoise.task import make_task
 from vidgen.denoise.timetable import Timetable, dualparal, full
+from vidgen.kernels.attention.api import check_name
 from vidgen.limits import available_memory_bytes, memory_bytes, readable
+from vidgen.sparsity.making import make_policy
+from vidgen.sparsity.settings import SparsitySettings
 from vidgen.types import Block
 
 Frames = NDArray[np.uint8]  # [F, H, W, 3], RGB
@@ -55,6 +60,7 @@ class Engine:
 
     def __init__(self, model: SmallModel, name: str, checkpoint: Path) -> None:
         self.model, self.name, self.checkpoint = model, name, checkpoint
+        self.sparsity = SparsitySettings()
 
     @classmethod
     def from_pretrained(
@@ -94,6 +100,8 @@ class Engine:
     def plan(self, job: JobConfig) -> Plan:
         """Everything that decides the video. ValueError in one line for a job that this model cannot do."""
         job = resolve(job, self.model.recommended)
+        if job.attention.backend is not None:
+            check_name(job.attention.backend)
         codec = self.model.codec
         assert job.num_frames and job.height and job.width and job.num_inference_steps and job.shift
         stride = codec.spatial_stride * self.model.dit.config.patch[0]
@@ -101,6 +109,7 @@ class Engine:
             if size % stride:
                 nearest = max(stride, round(size / stride) * stride)
                 raise ValueError(f"{name}={size}: need a multiple of {stride}; try {nearest}")
+        job = self._with_sparsity(job)
         timetable = make_timetable(job, codec.num_latent_frames(job.num_frames))
         if job.parallel.ranks == 1:
             self._check_memory(job, timetable)
@@ -128,6 +137,8 @@ class Engine:
             guidance_scale=job.guidance_scale,
             noise=job.queue.noise,
             guidance_mode=job.queue.guidance,
+            sparsity=self._sparsity(job.attention.sparsity),
+            attention_backend=job.attention.backend,
         )
         return Plan(
             job=job, timeline=timeline, task=task, strides=(codec.temporal_stride, codec.spatial_stride)
@@ -145,6 +156,48 @@ class Engine:
     def frames(self, finished: FinishedBlock, plan: Plan) -> Frames:
         """A finished block's frames, cut where the video ends."""
         return plan.cut(self.decode(finished.latents_BCFYX), finished.block)
+
+    def enable_sparsity(self, **settings: Any) -> None:
+        """Sparse attention for all jobs from here on that say nothing of their own. See SparsitySettings.
+
+        ValueError for settings that cannot be, or when it is enabled already.
+        """
+        if self.sparsity.policy != "none":
+            raise ValueError(
+                f"sparsity is enabled already ({self.sparsity.policy}): call disable_sparsity() first"
+            )
+        self.sparsity = parse_job({"attention": {"sparsity": settings}}).attention.sparsity
+
+    def disable_sparsity(self) -> None:
+        """Dense attention again."""
+        self.sparsity = SparsitySettings()
+
+    def _with_sparsity(self, job: JobConfig) -> JobConfig:
+        """The job with this engine's sparsity, where it says nothing of its own, and with blocks of a size."""
+        sparsity = job.attention.sparsity if job.attention.sparsity.policy != "none" else self.sparsity
+        if sparsity.policy == "none":
+            return job
+        assert job.num_frames and job.height and job.width and job.queue.block_frames is not None
+        stride = self.model.codec.spatial_stride
+        tokens_per_frame = math.prod(
+            size // stride // patch
+            for size, patch in zip((job.height, job.width), self.model.dit.config.patch, strict=True)
+        )
+        frames = job.queue.block_frames + (job.queue.context_frames or 0)
+        if job.queue.timetable == "full":
+            frames = self.model.codec.num_latent_frames(job.num_frames)
+        sparsity = sparsity.for_tokens(frames * tokens_per_frame)
+        return job.model_copy(update={"attention": job.attention.model_copy(update={"sparsity": sparsity})})
+
+    def _sparsity(self, settings: SparsitySettings) -> Sparsity | None:
+        policy = make_policy(settings)
+        if policy is None:
+            return None
+        if self.model.dit.config.window is not None:
+            raise ValueError(
+                f"sparsity={policy.name}: this model's attention has a window already; leave sparsity out"
+            )
+        return Sparsity(policy=policy)
 
     def _check_memory(self, job: JobConfig, timetable: Timetable) -> None:
         codec = self.model.codec

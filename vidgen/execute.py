@@ -1,5 +1,6 @@
 """Who runs a job's ticks: this process, or ranks under Ray. Both hand on the same steps."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from vidgen.config import ParallelConfig
+from vidgen.config import JobConfig, ParallelConfig
 from vidgen.denoise.loop import run_tick
 from vidgen.engine import Engine, Plan, load_decode
+from vidgen.kernels.attention.api import AUTO, check_name, choose
+from vidgen.kernels.attention.backends import BY_NAME_ONLY, Need, Request
 from vidgen.parallel.steps import Decoded, Hooks, Step
 from vidgen.parallel.topology import by_hand, check_num_ranks
 
@@ -63,8 +66,10 @@ class InOneProcess:
             if stop:
                 return
 
-    def evidence(self) -> None:
-        """The loop has nothing to tell."""
+    def evidence(self) -> dict[str, Any] | None:
+        """What sparse attention left out; else the loop has nothing to tell."""
+        sparsity = self.plan.task.sparsity
+        return None if sparsity is None else {"attention": sparsity.tally.layers()}
 
 
 class OnRanks:
@@ -146,20 +151,37 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], *, cluster_has_gpus: b
     return "cuda" if has_gpus else "cpu"
 
 
+def check_backend(job: JobConfig, head_dim: int, device: Device) -> None:
+    """ValueError in one line for an attention backend that cannot be used there."""
+    name = job.attention.backend
+    if name is None or check_name(name) == AUTO:
+        return
+    if device == "cuda" and not torch.cuda.is_available():
+        return  # the ranks are elsewhere, and what they have cannot be known here
+    needs = frozenset() if job.attention.sparsity.policy == "none" else frozenset({Need.BLOCKS})
+    request = Request(device=device, dtype=torch.float32, head_dim=head_dim, needs=needs)
+    if choose(request, name).name in BY_NAME_ONLY:
+        logging.getLogger(__name__).warning("attention backend %s: for comparing, not for speed", name)
+
+
 @contextmanager
 def executor(engine: Engine, plan: Plan, folder: Path) -> Iterator[Executor]:
     """Who runs the plan; Ray is connected within, if it takes more than one rank. ValueError in one line."""
     from vidgen.parallel.cluster import connected, has_gpus, local_ranks, offered_ranks, wanted_address
 
-    parallel, num_layers = plan.job.parallel, engine.model.dit.config.num_layers
+    parallel, dit = plan.job.parallel, engine.model.dit.config
+    num_layers, head_dim = dit.num_layers, dit.width // dit.num_heads
     address, ranks = wanted_address(parallel.address), parallel.ranks
     if ranks == "auto" and address is None:
         ranks = min(local_ranks(), num_layers)
     if ranks == 1:
-        yield InOneProcess(engine, plan, choose_device(plan.job.device))
+        device = choose_device(plan.job.device)
+        check_backend(plan.job, head_dim, device)
+        yield InOneProcess(engine, plan, device)
         return
     with connected(address, None if ranks == "auto" else ranks):
         device = choose_device(plan.job.device, cluster_has_gpus=has_gpus())
+        check_backend(plan.job, head_dim, device)
         if ranks == "auto":
             ranks = min(offered_ranks(device), num_layers)
         yield (

@@ -173,11 +173,22 @@ def _flatten(state: LoopState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for index, (_, kv) in state.lent.for_later.items():
         tensors |= _flatten_kv(f"later/{index}", kv)
     tensors |= _flatten_kv("anchor", state.lent.anchor)
+    tensors |= {
+        f"attention/{block}/{run}/{layer}/{name}": tensor
+        for block, runs in state.lent.attention.items()
+        for run, layers in enumerate(runs)
+        for layer, kept in enumerate(layers)
+        for name, tensor in kept.items()
+    }
     header = {
         "next_tick": state.next_tick,
         "steps_done": {index: block.steps_done for index, block in state.blocks.items()},
         "history": {index: len(block.history) for index, block in state.blocks.items()},
         "later": {index: step for index, (step, _) in state.lent.for_later.items()},
+        # blocks, runs, layers: those of which nothing is kept have no tensors
+        "attention": {
+            block: [len(layers) for layers in runs] for block, runs in state.lent.attention.items()
+        },
     }
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, header
 
@@ -210,6 +221,13 @@ def _unflatten(path: Path) -> LoopState:
     for index, step in header["later"].items():
         state.lent.for_later[int(index)] = step, _unflatten_kv(tensors, f"later/{index}")
     state.lent.anchor = _unflatten_kv(tensors, "anchor")
+    for block, num_layers in header.get("attention", {}).items():
+        runs: list[list[dict[str, Tensor]]] = [[{} for _ in range(count)] for count in num_layers]
+        prefix = f"attention/{block}/"
+        for path_name in (name for name in tensors if name.startswith(prefix)):
+            run, layer, name = path_name.removeprefix(prefix).split("/")
+            runs[int(run)][int(layer)][name] = tensors[path_name]
+        state.lent.attention[int(block)] = tuple(tuple(layers) for layers in runs)
     return state
 
 

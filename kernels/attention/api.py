@@ -1,47 +1,109 @@
 """The one attention call of the engine, over tensors [B, S, H, D] (diffusers' layout)."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from vidgen.kernels.attention.layout import SlidingWindow3D
+from vidgen.kernels.attention.backends import BACKENDS, BY_NAME_ONLY, Backend, Request, able, why_not
+from vidgen.kernels.attention.fastest import fastest
+from vidgen.kernels.attention.layout import BlockLayout
 
 # B batch, Q query tokens, K key tokens, H heads, D head dimension
 
+AUTO = "auto"
+_default: ContextVar[str | None] = ContextVar("attention_backend", default=None)
 
+
+@contextmanager
+def attention_backend(name: str | None) -> Iterator[None]:
+    """Within, calls that name no backend take this one; None changes nothing. ValueError for an unknown name."""
+    if name is None:
+        yield
+        return
+    token = _default.set(check_name(name))
+    try:
+        yield
+    finally:
+        _default.reset(token)
+
+
+def check_name(name: str) -> str:
+    """The name of a backend, or `auto`. ValueError when it is neither."""
+    if name != AUTO and name not in BACKENDS:
+        raise ValueError(f"attention backend {name}: there are {', '.join(BACKENDS)}, and {AUTO}")
+    return name
+
+
+@overload
+def attention(
+    query_BQHD: Tensor, key_BKHD: Tensor, value_BKHD: Tensor, *, layout: BlockLayout | None = None,
+    scale: float | None = None, return_lse: Literal[False] = False, backend: str | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attention(
+    query_BQHD: Tensor, key_BKHD: Tensor, value_BKHD: Tensor, *, layout: BlockLayout | None = None,
+    scale: float | None = None, return_lse: Literal[True], backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     query_BQHD: Tensor,
     key_BKHD: Tensor,
     value_BKHD: Tensor,
     *,
-    layout: SlidingWindow3D | None = None,
+    layout: BlockLayout | None = None,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(Q K^T * scale) V of shape [B, Q, H, D]; without a layout every query sees every key.
 
-    ValueError when the layout does not fit the number of queries or keys.
+    With `return_lse` also the log-sum-exp of every query's logits, fp32 [B, H, Q]. A query that sees no key has
+    zeros and -inf. `backend` is a name of `BACKENDS`; "auto": the fastest, measured once per kind of request
+    (results of backends differ in their last bits); by default the first that is able, always the same one.
+    ValueError when the layout does not fit the tensors, or no backend, or not the named one, can do it.
     """
-    if layout is None:
-        return _dense(query_BQHD, key_BKHD, value_BKHD, mask=None, scale=scale)
-    tokens = layout.tokens_per_frame
-    expected = layout.grid[0] * tokens, layout.key_frames * tokens
-    if (query_BQHD.shape[1], key_BKHD.shape[1]) != expected:
+    if not query_BQHD.ndim == key_BKHD.ndim == 4 or key_BKHD.shape != value_BKHD.shape:
         raise ValueError(
-            f"{query_BQHD.shape[1]} queries and {key_BKHD.shape[1]} keys: this layout needs {expected}"
+            f"query {tuple(query_BQHD.shape)}, key {tuple(key_BKHD.shape)}, value {tuple(value_BKHD.shape)}: "
+            "need [B, Q, H, D] and twice [B, K, H, D]"
         )
-    spatial = layout.spatial_mask(query_BQHD.device)
-    out = []
-    for frame in range(layout.grid[0]):  # a frame sees a run of frames: slices, never an [S, S] mask of all
-        start, stop = layout.key_frame_range(frame)
-        keys = slice(start * tokens, stop * tokens)
-        mask = None if spatial is None else spatial.repeat(1, stop - start)
-        queries = query_BQHD[:, frame * tokens : (frame + 1) * tokens]
-        out.append(_dense(queries, key_BKHD[:, keys], value_BKHD[:, keys], mask=mask, scale=scale))
-    return torch.cat(out, dim=1)
+    batch, num_queries, num_heads, head_dim = query_BQHD.shape
+    if (batch, num_heads, head_dim) != (key_BKHD.shape[0], *key_BKHD.shape[2:]):
+        raise ValueError(
+            f"query {tuple(query_BQHD.shape)} and key {tuple(key_BKHD.shape)}: need equal batch, heads and head "
+            "dimension"
+        )
+    if layout is not None:
+        layout.check(batch, num_heads, num_queries, key_BKHD.shape[1])
+    backend = _default.get() if backend is None else check_name(backend)
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    tensors = query_BQHD, key_BKHD, value_BKHD
+    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    request = Request.of(query_BQHD, layout, return_lse, needs_gradient)
+    if backend == AUTO:
+        out, lse = fastest(request, *tensors, layout, scale)
+    else:
+        out, lse = choose(request, backend).load()(*tensors, layout, scale, return_lse)
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float | None) -> Tensor:
-    out = scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, scale=scale
-    )
-    return out.transpose(1, 2)
+def choose(request: Request, name: str | None) -> Backend:
+    """The backend of that name, or the first that is able. ValueError when it is not, saying which are."""
+    if name is not None:
+        reason = why_not(BACKENDS[name], request)
+        if reason is None:
+            return BACKENDS[name]
+        others = [backend.name for backend in able(request)]
+        raise ValueError(f"backend={name}: {reason}; able here: {', '.join(others) or 'none'}")
+    found = [backend for backend in able(request) if backend.name not in BY_NAME_ONLY]
+    if not found:
+        reasons = "; ".join(f"{b.name} {why_not(b, request)}" for b in BACKENDS.values())
+        raise ValueError(f"no attention backend can do this: {reasons}")
+    return found[0]

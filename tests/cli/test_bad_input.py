@@ -67,6 +67,30 @@ CASES = (
         *("--num-frames", 10**12),
         says=(str(10**12), "of disk", "TiB", "are free"),
     ),
+    # attention
+    of_flag("no such backend", "--attention-backend", "flish", says=("flish", "native", "auto")),
+    of_flag(
+        "a backend of other machines",
+        *("--attention-backend", "flash", "--device", "cpu"),
+        says=("backend=flash", "not on cpu", "able here: native"),
+    ),
+    of_flag(
+        "a backend that knows no layouts",
+        *("--attention-backend", "native", "--sparsity", "adaspa"),
+        says=("backend=native", "block layouts", "able here: cpu"),
+    ),
+    of_flag("no such policy", "--sparsity", "adaspe", says=("policy=adaspe", "adaspa", "svg2")),
+    of_flag("more than all", *("--sparsity", "adaspa", "--density", 2), says=("density=2", "at most 1")),
+    of_flag("no share", *("--sparsity", "adaspa", "--density", "half"), says=("density='half'", "number")),
+    of_config(
+        "an unknown key of sparsity",
+        "prompt: red\nattention: {sparsity: {densty: 1}}",
+        "attention.sparsity.densty",
+        "did you mean density?",
+    ),
+    of_config(
+        "blocks of nothing", "prompt: red\nattention: {sparsity: {key_block: 0}}", "key_block=0", "at least 1"
+    ),
     of_flag("no rank", "--ranks", 0, says=("ranks='0'", "1 to 4096", "auto")),
     of_flag("ranks in words", "--num-gpus", "some", says=("ranks='some'", "1 to 4096", "auto")),
     of_flag("more ranks than layers", "--ranks", 7, says=("ranks=7", "6 layers", "1 to 6")),

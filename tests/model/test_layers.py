@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen.kernels.attention.layout import SlidingWindow3D
+from vidgen.kernels.attention.windows import sliding_window_3d
 from vidgen.model.context import KeyValue, concatenate
 from vidgen.model.layers import NoiseLevelEmbedding, Positions, RMSNorm, SelfAttention, normalise
 from vidgen.model.rope import rotate, rotations
@@ -19,7 +19,7 @@ TOKENS = ROWS * COLUMNS
 def positions(frames: int, before: int = 0, after: int = 0, window: Any = None) -> Positions:
     key_frames = before + frames + after
     turns = rotations((key_frames, ROWS, COLUMNS), WIDTH // HEADS, 100.0, torch.device("cpu"))
-    layout = window and SlidingWindow3D(
+    layout = window and sliding_window_3d(
         grid=(frames, ROWS, COLUMNS), radius=window, key_frames=key_frames, frame_offset=before
     )
     return Positions(*turns, slice(before * TOKENS, (before + frames) * TOKENS), layout)

@@ -120,7 +120,8 @@ def run_pipeline(
             stages.append(
                 LaterStage(
                     stage, model, task.timetable, shapes, task.runs_per_forward, ends,
-                    lent=state.lent.layers(stage.layers), state_every=state_every,
+                    lent=state.lent.layers(stage.layers), state_every=state_every, sparsity=task.sparsity,
+                    backend=task.attention_backend,
                 )
             )  # fmt: skip
         hook(stages[-1])

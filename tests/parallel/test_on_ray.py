@@ -53,6 +53,20 @@ def test_any_number_of_ranks_leaves_the_same_bytes(
     assert not jobs.leftovers()
 
 
+def test_sparse_attention_leaves_the_same_bytes_on_ranks_and_is_told(
+    tmp_path: Path, local_ray: None, jobs: Any
+):
+    sparsity = {"policy": "adaspa", "density": 0.5, "query_block": 16, "key_block": 16, "dense_above": 1.0}
+    settings = {"queue": QUEUES["recompute"], "attention": {"sparsity": sparsity}, "num_inference_steps": 5}
+    one = render(jobs.job(tmp_path / "one.mp4", 1, **settings))
+    two = render(jobs.job(tmp_path / "two.mp4", 2, **settings))
+    assert jobs.files(tmp_path / "one.job") == jobs.files(tmp_path / "two.job")
+    assert one.evidence is not None and two.evidence is not None
+    on_ranks = [row for rank in two.evidence["attempts"][0]["ranks"] for row in rank["attention"]]
+    for alone, row in zip(one.evidence["attention"], on_ranks, strict=True):
+        assert row["sparse"] > 0 and {**alone, "search_s": 0} == {**row, "search_s": 0}
+
+
 def test_over_gloo_too_and_bytes_per_link_are_those_of_the_messages(
     tmp_path: Path, whole: Any, local_ray: None, jobs: Any
 ):

@@ -63,10 +63,27 @@ def test_killed_at_random_points_the_job_resumes_to_the_same_frames(tmp_path: Pa
     assert all(row["playable"] != 0 for row in rows), rows
 
 
-@pytest.mark.parametrize("queue", QUEUES.values(), ids=QUEUES)
-def test_stopped_after_every_tick_the_job_resumes_to_the_same_file(tmp_path: Path, queue: Any) -> None:
-    render(job(tmp_path / "whole.mp4", queue))
-    config, folder = job(tmp_path / "cut.mp4", queue), tmp_path / "cut.job"
+SMALL_BLOCKS = {"query_block": 16, "key_block": 16, "dense_above": 1.0, "search_at": [0.2, 0.6]}
+SPARSITIES = {
+    "adaspa": {"policy": "adaspa", "density": 0.5, "restore": True, "restore_drift": 0.1, **SMALL_BLOCKS},
+    "svg2": {"policy": "svg2", "top_p": 0.5, "query_clusters": 3, "key_clusters": 4, **SMALL_BLOCKS},
+}
+
+
+@pytest.mark.parametrize(
+    ("queue", "settings"),
+    [
+        *((queue, {}) for queue in QUEUES.values()),
+        *((QUEUES["recompute"], {"attention": {"sparsity": sparsity}}) for sparsity in SPARSITIES.values()),
+    ],
+    ids=[*QUEUES, *SPARSITIES],
+)
+def test_stopped_after_every_tick_the_job_resumes_to_the_same_file(
+    tmp_path: Path, queue: Any, settings: Any
+) -> None:
+    settings = settings and {"num_inference_steps": 5, **settings}
+    render(job(tmp_path / "whole.mp4", queue, **settings))
+    config, folder = job(tmp_path / "cut.mp4", queue, **settings), tmp_path / "cut.job"
     with pytest.raises(Interrupted):
         render(config, should_stop=lambda: True)
     stops = 1

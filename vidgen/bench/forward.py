@@ -4,8 +4,6 @@ The floor is nothing but the matrix products and the attention.
 """
 
 import math
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention, silu
 
+from vidgen.bench.machine import interleaved
 from vidgen.bench.rendering import PROMPT
 from vidgen.builtin import load_small
 from vidgen.model.context import Context, KeyValue
@@ -40,22 +39,11 @@ def bench_model(repeats: int = 60) -> list[dict[str, Any]]:
         "plain": lambda: _plain_forward(dit, latents, levels, text, after),
         "products and attention only": lambda: _products_only(dit, frames, context, rows * rows, text),
     }
-    times = _interleaved(cases, repeats)
+    times = interleaved(cases, repeats)
     return [
         {"case": name, "ms": round(1000 * times[name], 3), "ratio": round(times["engine"] / times[name], 3)}
         for name in cases
     ]
-
-
-def _interleaved(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each case, the cases taking turns so that a busy moment hits all alike."""
-    readings: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats):
-        for name, run in cases.items():
-            started = time.perf_counter()
-            run()
-            readings[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in readings.items()}
 
 
 def _plain_forward(

@@ -9,8 +9,10 @@ import torch
 
 from vidgen.denoise.timetable import Forward, Lender, Read
 from vidgen.model.context import Context, LayerKeyValues, concatenate
+from vidgen.sparsity.policy import State
 
 BranchKeyValues = tuple[LayerKeyValues, ...]  # one per guidance branch
+RunStates = tuple[tuple[State, ...], ...]  # of a sparsity policy: per run of the model, per layer
 
 
 @dataclass
@@ -19,10 +21,13 @@ class Lent:
 
     for_later: dict[int, tuple[int, BranchKeyValues]] = field(default_factory=dict)  # block -> (step, K,V)
     anchor: BranchKeyValues = ()
+    attention: dict[int, RunStates] = field(
+        default_factory=dict
+    )  # block -> what a sparsity policy keeps of it
 
     def copy(self) -> "Lent":
         """The same tensors in a record of their own, for a checkpoint while the loop goes on."""
-        return Lent(dict(self.for_later), self.anchor)
+        return Lent(dict(self.for_later), self.anchor, dict(self.attention))
 
     def to(self, device: torch.device) -> "Lent":
         """The same on a device."""
@@ -31,7 +36,14 @@ class Lent:
             return tuple(tuple(kv.to(device) for kv in layers) for layers in branches)
 
         later = {block: (step, moved(kv)) for block, (step, kv) in self.for_later.items()}
-        return Lent(later, moved(self.anchor))
+        attention = {
+            block: tuple(
+                tuple({name: tensor.to(device) for name, tensor in state.items()} for state in layers)
+                for layers in runs
+            )
+            for block, runs in self.attention.items()
+        }
+        return Lent(later, moved(self.anchor), attention)
 
     def layers(self, layers: range) -> "Lent":
         """The part of some layers."""
@@ -39,6 +51,7 @@ class Lent:
         return Lent(
             {block: (step, _each(kv, part)) for block, (step, kv) in self.for_later.items()},
             _each(self.anchor, part),
+            {block: tuple(layers[part] for layers in runs) for block, runs in self.attention.items()},
         )
 
 
@@ -49,7 +62,11 @@ def join_layers(parts: list[Lent]) -> Lent:
         block: (step, tuple(sum(layers, ()) for layers in _zip([p.for_later[block][1] for p in parts])))
         for block, (step, _) in first.for_later.items()
     }
-    return Lent(later, tuple(sum(layers, ()) for layers in _zip([p.anchor for p in parts])))
+    attention = {
+        block: tuple(sum(layers, ()) for layers in zip(*(p.attention[block] for p in parts), strict=True))
+        for block in first.attention
+    }
+    return Lent(later, tuple(sum(layers, ()) for layers in _zip([p.anchor for p in parts])), attention)
 
 
 def _each(branches: BranchKeyValues, part: slice) -> BranchKeyValues:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vidgen.denoise.attending import Attending, Sparsity
 from vidgen.denoise.conditions import Conditions
 from vidgen.denoise.guidance import combine, num_branches
 from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.solver import History, Solver
 from vidgen.denoise.timetable import Forward, Timetable
+from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.dit import DiT
 from vidgen.types import Block, GuidanceMode
 
@@ -34,6 +36,8 @@ class Task:
     noise: Callable[[Block], Tensor]  # [1, C, F, Y, X] of a block
     texts: Callable[[Block], tuple[Tensor, ...]]  # text [1, N, T] of a block, one per branch
     guidance_mode: GuidanceMode = GuidanceMode.SPLIT
+    sparsity: Sparsity | None = None  # dense attention without
+    attention_backend: str | None = None  # None: the first that is able
     conditions: Conditions = field(default_factory=Conditions, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +70,12 @@ class Task:
     def new_block(self, block: Block) -> "BlockState":
         """A block before its first step."""
         return BlockState(self.noise(block).to(self.device), 0)
+
+    def attending(self, layers: range, lent: Lent) -> Attending | None:
+        """What gives some of the layers their attention, where that is not the plain one."""
+        if self.sparsity is None:
+            return None
+        return Attending(self.sparsity, self.timetable, layers, self.model.config.num_layers, lent)
 
     @property
     def device(self) -> torch.device:
@@ -126,14 +136,18 @@ def run_tick(task: Task, state: LoopState) -> list[FinishedBlock]:
     timetable, tick = task.timetable, state.next_tick
     stepped: dict[int, BlockState] = {}
     lending = Lending(state.lent)
+    attending = task.attending(range(task.model.config.num_layers), state.lent)
     for forward in timetable.forwards(tick):
         block = timetable.block(forward.block)
         own = state.blocks.get(block.index) or task.new_block(block)
         lending.begin(forward)
-        velocity = run_forward(task, state.blocks, forward, own, lending)
+        with attention_backend(task.attention_backend):
+            velocity = run_forward(task, state.blocks, forward, own, lending, attending)
         stepped[block.index] = take_step(task, forward, own, velocity)
     kept = timetable.kept_after(tick)
     lending.end_tick(kept)
+    if attending is not None:
+        attending.end_tick(tick)
     state.blocks = {index: block for index, block in (state.blocks | stepped).items() if index in kept}
     state.next_tick = tick + 1
     return [
@@ -144,18 +158,26 @@ def run_tick(task: Task, state: LoopState) -> list[FinishedBlock]:
 
 
 def run_forward(
-    task: Task, blocks: dict[int, BlockState], forward: Forward, own: BlockState, lending: Lending
+    task: Task,
+    blocks: dict[int, BlockState],
+    forward: Forward,
+    own: BlockState,
+    lending: Lending,
+    attending: Attending | None,
 ) -> Tensor:
     """Guided velocity of the block's own frames; what the forward lends is kept."""
     window = make_window(task, blocks, forward, own)
+    grid = task.model.token_grid(window.latents_BCFYX.shape)
     velocities: list[Tensor] = []
     for run, text in enumerate(task.run_texts(task.timetable.block(forward.block))):
+        context = lending.context(run)
         velocity, own_kv = task.model.forward_and_lend(
             *window.repeated(text.shape[0]),
             text,
-            lending.context(run),
+            context,
             first_frame=window.frames_before,
             conditioning=task.conditions.of(task.model, window.levels, text),
+            attends=attending and attending.attends(forward.block, forward.step, run, grid, context),
         )
         lending.keep(own_kv, window.frames_before)
         velocities.extend(velocity.split(1))

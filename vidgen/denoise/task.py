@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.loop import Task
 from vidgen.denoise.noise import NoiseSource
 from vidgen.denoise.schedule import noise_levels
@@ -25,6 +26,8 @@ def make_task(
     guidance_scale: float,
     noise: NoiseKind,
     guidance_mode: GuidanceMode = GuidanceMode.SPLIT,
+    sparsity: Sparsity | None = None,
+    attention_backend: str | None = None,
 ) -> Task:
     """The task of denoising one video with Euler steps. ValueError for a shift that is not positive."""
     levels = noise_levels(timetable.num_steps, shift)
@@ -43,5 +46,7 @@ def make_task(
         guidance_scale=guidance_scale,
         noise=source,
         guidance_mode=guidance_mode,
+        sparsity=sparsity,
+        attention_backend=attention_backend,
         texts=texts,
     )

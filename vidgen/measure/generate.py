@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vidgen.builtin import SmallModel
+from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.loop import denoise
 from vidgen.denoise.task import make_task
 from vidgen.denoise.timetable import dualparal, full
@@ -12,7 +13,14 @@ from vidgen.types import Block, Recommended
 
 @torch.inference_mode()
 def generate(
-    model: SmallModel, prompt: str, *, num_frames: int, seed: int, settings: Recommended, long: bool = False
+    model: SmallModel,
+    prompt: str,
+    *,
+    num_frames: int,
+    seed: int,
+    settings: Recommended,
+    long: bool = False,
+    sparsity: Sparsity | None = None,
 ) -> Tensor:
     """Pixels [3, num_frames, height, width] in [-1, 1]: all frames at once, or as a `long` block queue."""
     codec = model.codec
@@ -42,6 +50,7 @@ def generate(
         shift=settings.shift,
         guidance_scale=settings.guidance_scale,
         noise=settings.noise,
+        sparsity=sparsity,
     )
     latents = [finished.latents_BCFYX for finished in denoise(task)]
     return codec.decode(torch.cat(latents, dim=2))[0, :, :num_frames].clamp(-1, 1).cpu()

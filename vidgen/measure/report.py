@@ -27,8 +27,8 @@ def measure_adherence(
     Prompts are drawn from the world by the seed; clip i is rendered with seed + i.
     """
     settings = settings or model.recommended
-    trained, held_out = (_pick(part, seed, num_prompts, i) for i, part in enumerate(WORLDS[world].split()))
-    scenes = [*trained, *held_out]
+    scenes = pick_scenes(num_prompts, seed, world)
+    num_trained = (num_prompts + 1) // 2
     started = time.process_time()
     verdicts = []
     for index, scene in enumerate(scenes):
@@ -38,12 +38,18 @@ def measure_adherence(
     return {
         "prompts": len(scenes),
         "all": _counts(verdicts),
-        "trained": _counts(verdicts[: len(trained)]),
-        "held_out": _counts(verdicts[len(trained) :]),
+        "trained": _counts(verdicts[:num_trained]),
+        "held_out": _counts(verdicts[num_trained:]),
         "cpu_seconds_per_clip": round(seconds / len(scenes), 3),
         "settings": {key: str(value) for key, value in asdict(settings).items()},
         "training_steps": model.training.get("step"),
     }
+
+
+def pick_scenes(num_prompts: int, seed: int, world: str = "small") -> list[Scene]:
+    """Trained scenes, then as many (or one fewer) that were held out, the same for the same seed."""
+    trained, held_out = (_pick(part, seed, num_prompts, i) for i, part in enumerate(WORLDS[world].split()))
+    return [*trained, *held_out]
 
 
 def _pick(scenes: list[Scene], seed: int, num_prompts: int, part: int) -> list[Scene]:

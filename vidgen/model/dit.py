@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from vidgen.kernels.attention.layout import SlidingWindow3D
+from vidgen.kernels.attention.api import attention_backend, check_name
+from vidgen.kernels.attention.windows import sliding_window_3d
 from vidgen.model.context import Context, LayerKeyValues
-from vidgen.model.layers import Block, NoiseLevelEmbedding, Positions, normalise
+from vidgen.model.layers import Attend, Block, NoiseLevelEmbedding, Positions, normalise
 from vidgen.model.rope import rotations
 
 # B batch, C latent channels, F latent frames, Y X latent rows and columns,
@@ -77,6 +78,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.attention_backend: str | None = None
         width, (rows, columns) = config.width, config.patch
         kernel = 3 if config.convolutions else 1
         patch_channels = config.latent_channels * rows * columns
@@ -109,14 +111,17 @@ class DiT(nn.Module):
         *,
         first_frame: int = 0,
         conditioning: Conditioning | None = None,
+        attends: Sequence[Attend] | None = None,
     ) -> tuple[Tensor, LayerKeyValues]:
         """(velocity of the frames from `first_frame` on, every layer's own keys and values of all frames).
 
-        `conditioning` is what `condition` would make of the levels and the text, where it is known.
+        `conditioning` is what `condition` would make of the levels and the text, where it is known; `attends`
+        are the layers' self-attentions, where they are not the plain ones.
         """
         conditioning = conditioning or self.condition(noise_level_BF, text_BNT)
         grid = self.token_grid(latents_BCFYX.shape)
-        x_BFSD, lent = self.run_layers(self.embed(latents_BCFYX), conditioning, grid, context or Context())
+        x_BFSD = self.embed(latents_BCFYX)
+        x_BFSD, lent = self.run_layers(x_BFSD, conditioning, grid, context or Context(), attends)
         out = self.project(x_BFSD[:, first_frame:], conditioning.noise_BFD[:, first_frame:], grid)
         return self.velocity(out, latents_BCFYX[:, :, first_frame:], noise_level_BF[:, first_frame:]), lent
 
@@ -147,17 +152,31 @@ class DiT(nn.Module):
         return x_BFSD.contiguous()
 
     def run_layers(
-        self, x_BFSD: Tensor, conditioning: Conditioning, grid: Grid, context: Context
+        self,
+        x_BFSD: Tensor,
+        conditioning: Conditioning,
+        grid: Grid,
+        context: Context,
+        attends: Sequence[Attend] | None = None,
     ) -> tuple[Tensor, LayerKeyValues]:
         """(tokens [B, F, S, D] after the layers at hand, each layer's own keys and values)."""
         positions = self._positions(grid, context, x_BFSD.device)
+        shared = conditioning.noise_BF6D, conditioning.text_BND, positions
         lent = []
-        for index, layer in enumerate(self.layers):
-            x_BFSD, own = layer(
-                x_BFSD, conditioning.noise_BF6D, conditioning.text_BND, positions, *context.layer(index)
-            )
-            lent.append(own)
+        with attention_backend(self.attention_backend):
+            for index, layer in enumerate(self.layers):
+                attend = None if attends is None else attends[index]
+                x_BFSD, own = layer(x_BFSD, *shared, *context.layer(index), attend)
+                lent.append(own)
         return x_BFSD, tuple(lent)
+
+    def set_attention_backend(self, name: str) -> None:
+        """All attention of this model by one backend, or `auto`. ValueError for a name that is neither."""
+        self.attention_backend = check_name(name)
+
+    def reset_attention_backend(self) -> None:
+        """The first able backend again, whichever the device and the layout."""
+        self.attention_backend = None
 
     def project(self, x_BFSD: Tensor, noise_BFD: Tensor, grid: Grid) -> Tensor:
         """What `velocity` needs of the last layer's tokens, [B*F, channels, rows, columns]."""
@@ -187,9 +206,9 @@ class DiT(nn.Module):
         cosines, sines = rotations((key_frames, rows, columns), head_width, self.config.rope_theta, device)
         window = None
         if self.config.window is not None:
-            window = SlidingWindow3D(
+            window = sliding_window_3d(
                 grid=grid, radius=self.config.window, key_frames=key_frames, frame_offset=first
-            )
+            ).on(device)
         tokens = rows * columns
         return Positions(cosines, sines, slice(first * tokens, (first + frames) * tokens), window)
 

@@ -5,6 +5,7 @@ on queries and keys over the full width, cross-attention to text, tanh-GELU feed
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
 from vidgen.kernels.attention.api import attention
-from vidgen.kernels.attention.layout import SlidingWindow3D
+from vidgen.kernels.attention.layout import BlockLayout
 from vidgen.model.context import KeyValue
 from vidgen.model.rope import rotate
 
 # B batch, F frames, S tokens per frame, N text tokens, H heads, D width (or head width after H)
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, Q, H, D], keys, values to [B, Q, H, D]
 
 
 class RMSNorm(nn.Module):
@@ -60,13 +63,17 @@ class Positions:
     cosines: Tensor
     sines: Tensor
     own_tokens: slice
-    window: SlidingWindow3D | None
+    window: BlockLayout | None
 
     def rotate_queries(self, query_BSHD: Tensor) -> Tensor:
         return rotate(query_BSHD, self.cosines[self.own_tokens], self.sines[self.own_tokens])
 
     def rotate_keys(self, key_BSHD: Tensor) -> Tensor:
         return rotate(key_BSHD, self.cosines, self.sines)
+
+    def attend(self, query_BQHD: Tensor, key_BKHD: Tensor, value_BKHD: Tensor) -> Tensor:
+        """Attention to all keys, or to those in the window."""
+        return attention(query_BQHD, key_BKHD, value_BKHD, layout=self.window)
 
 
 class SelfAttention(nn.Module):
@@ -79,9 +86,14 @@ class SelfAttention(nn.Module):
         self.query_norm, self.key_norm = RMSNorm(width, eps), RMSNorm(width, eps)
 
     def forward(
-        self, x_BFSD: Tensor, positions: Positions, before: KeyValue | None, after: KeyValue | None
+        self,
+        x_BFSD: Tensor,
+        positions: Positions,
+        before: KeyValue | None,
+        after: KeyValue | None,
+        attend: Attend | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """(attended [B, F, S, D], this layer's own keys and values)."""
+        """(attended [B, F, S, D], this layer's own keys and values); `attend` stands in for positions.attend."""
         heads = (self.num_heads, -1)
         query_BFSHD = self.query_norm(self.query(x_BFSD)).unflatten(-1, heads)
         own = KeyValue(
@@ -90,11 +102,10 @@ class SelfAttention(nn.Module):
         seen = [kv for kv in (before, own, after) if kv is not None]
         key_BFSHD = torch.cat([kv.key_BFSHD for kv in seen], dim=1) if len(seen) > 1 else own.key_BFSHD
         value_BFSHD = torch.cat([kv.value_BFSHD for kv in seen], dim=1) if len(seen) > 1 else own.value_BFSHD
-        attended_BLHD = attention(
+        attended_BLHD = (attend or positions.attend)(
             positions.rotate_queries(query_BFSHD.flatten(1, 2)),
             positions.rotate_keys(key_BFSHD.flatten(1, 2)),
             value_BFSHD.flatten(1, 2),
-            layout=positions.window,
         )
         return self.out(attended_BLHD.flatten(2).view_as(x_BFSD)), own
 
@@ -149,12 +160,13 @@ class Block(nn.Module):
         positions: Positions,
         before: KeyValue | None = None,
         after: KeyValue | None = None,
+        attend: Attend | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """(the tokens after this layer, this layer's own keys and values)."""
         modulation = (self.modulation + conditioning_BF6D).unsqueeze(3)  # [B, F, 6, 1, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
         attended, own = self.self_attention(
-            normalise(x_BFSD, self.eps) * (1 + scale) + shift, positions, before, after
+            normalise(x_BFSD, self.eps) * (1 + scale) + shift, positions, before, after, attend
         )
         x_BFSD = x_BFSD + attended * gate
         x_BFSD = x_BFSD + self.cross_attention(self.cross_norm(x_BFSD), text_BND)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vidgen.kernels.attention.api import attention
-from vidgen.kernels.attention.layout import SlidingWindow3D
+from vidgen.kernels.attention.layout import BlockLayout
+from vidgen.kernels.attention.windows import sliding_window_3d
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Case:
     def key_frames(self) -> int:
         return self.before + self.grid[0] + self.after
 
-    def layout(self) -> SlidingWindow3D:
-        return SlidingWindow3D(
+    def layout(self) -> BlockLayout:
+        return sliding_window_3d(
             grid=self.grid, radius=self.radius, key_frames=self.key_frames, frame_offset=self.before
         )
 

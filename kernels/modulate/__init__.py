@@ -1,0 +1,1 @@
+"""LayerNorm with adaLN modulation, fused: the step between the matrix products of a DiT block."""

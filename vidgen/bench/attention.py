@@ -1,0 +1,206 @@
+"""Sparsity policies end to end: what they leave out, what that costs in quality and gains in time.
+
+Two tables, for two questions. The built-in model shows what a policy does to a video, at the longest clips that the
+model knows; its 128 tokens are too few for any sparsity to gain time. A random model of 8,192 tokens shows the time:
+layers as in a large model, whose attention is no video's.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidgen.builtin import SmallModel, load_small
+from vidgen.denoise.attending import Sparsity
+from vidgen.denoise.loop import LoopState, run_tick
+from vidgen.denoise.task import make_task
+from vidgen.denoise.timetable import full
+from vidgen.kernels.attention.layout import BlockLayout
+from vidgen.measure.adherence import judge
+from vidgen.measure.fidelity import psnr, ssim
+from vidgen.measure.generate import generate
+from vidgen.measure.report import pick_scenes
+from vidgen.model.dit import DiT, DiTConfig
+from vidgen.sparsity.making import make_policy
+from vidgen.sparsity.settings import SparsitySettings
+from vidgen.sparsity.tally import summarise
+from vidgen.types import NoiseKind
+
+LONGEST_CLIP = 32  # frames: 8 latent frames of 16 tokens
+FRAME_TOKENS = 16  # of a latent frame of the built-in model
+SMALL: dict[str, dict[str, Any]] = {
+    "adaspa, density 0.75": {"policy": "adaspa", "density": 0.75},
+    "adaspa, density 0.5": {"policy": "adaspa", "density": 0.5},
+    "adaspa, recall 0.95": {"policy": "adaspa", "recall": 0.95},
+    "adaspa, recall 0.9": {"policy": "adaspa", "recall": 0.9},
+    "adaspa, density 0.5, restored": {"policy": "adaspa", "density": 0.5, "restore": True},
+    "svg2, top-p 0.9": {"policy": "svg2", "query_clusters": 8, "key_clusters": 16},
+    "sliding tile 3x1x1": {"policy": "sliding_tile", "tile": (1, 4, 4), "window": (3, 1, 1)},
+    "radial": {"policy": "radial"},
+    "local, radius 1.5": {"policy": "local", "radius": 1.5},
+    "local, radius 1.5, restored": {"policy": "local", "radius": 1.5, "restore": True},
+}
+LARGE: dict[str, dict[str, Any]] = {
+    "adaspa, density 0.2": {"policy": "adaspa", "density": 0.2},
+    "adaspa, density 0.2, restored": {"policy": "adaspa", "density": 0.2, "restore": True},
+    "svg2, top-p 0.9": {"policy": "svg2"},
+    "sliding tile 1x3x3": {"policy": "sliding_tile", "tile": (4, 8, 8), "window": (1, 3, 3)},
+    "radial": {"policy": "radial"},
+    "local, radius 6": {"policy": "local", "radius": 6.0, "frame_radius": 2},
+}
+
+
+def bench_quality(
+    num_prompts: int, model: SmallModel | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Sparsity]]:
+    """(a row per policy on the built-in model, what each did): nearness to dense, adherence, time."""
+    torch.set_num_threads(1)
+    model = model or load_small()
+    policies = {
+        name: _sparsity(
+            {"query_block": FRAME_TOKENS, "key_block": FRAME_TOKENS, "dense_above": 1.0, **settings}
+        )
+        for name, settings in SMALL.items()
+    }
+    scenes = pick_scenes(num_prompts, seed=0)
+    clips: dict[str, list[Tensor]] = {name: [] for name in ("dense", *policies)}
+    seconds = dict.fromkeys(clips, 0.0)
+    for seed, scene in enumerate(scenes):
+        for name in clips:  # taking turns, so that a busy moment hits all alike
+            started = time.perf_counter()
+            clip = generate(
+                model, scene.caption(), num_frames=LONGEST_CLIP, seed=seed, settings=model.recommended,
+                sparsity=policies.get(name),
+            )  # fmt: skip
+            seconds[name] += time.perf_counter() - started
+            clips[name].append(clip)
+    dense = torch.stack(clips["dense"])
+    rows = []
+    for name, made in clips.items():
+        right = sum(judge(clip, scene).all for clip, scene in zip(made, scenes, strict=True))
+        videos = torch.stack(made)
+        rows.append(
+            {
+                "policy": name,
+                **_done(policies.get(name)),
+                "speed-up": round(seconds["dense"] / seconds[name], 3),
+                "PSNR": round(psnr(videos, dense), 2),
+                "SSIM": round(ssim(videos, dense), 4),
+                "all four right": f"{right}/{len(scenes)}",
+            }
+        )
+    return rows, policies
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LargeCase:
+    """A random model and one clip for it: 8,192 tokens, two layers of width 512 and 8 heads of 64."""
+
+    grid: tuple[int, int, int] = (8, 32, 32)
+    width: int = 512
+    num_heads: int = 8
+    num_layers: int = 2
+    num_steps: int = 10
+    device: str = "cpu"
+
+
+@torch.inference_mode()
+def bench_speed(case: LargeCase) -> list[dict[str, Any]]:
+    """A row per policy on the random model: seconds of all steps with searches, against dense."""
+    rows: list[dict[str, Any]] = []
+    model = _random_model(case)
+    for name, settings in {"dense": {"policy": "none"}, **LARGE}.items():
+        sparsity = _sparsity(settings)
+        steps = list(_step_seconds(case, model, sparsity))
+        total = sum(steps)
+        dense = rows[0] if rows else {"seconds": total, "last step s": steps[-1]}
+        rows.append(
+            {
+                "policy": name,
+                **_done(sparsity),
+                "seconds": round(total, 2),
+                "speed-up": round(dense["seconds"] / total, 2),
+                "last step s": round(steps[-1], 2),
+                "of one step": round(dense["last step s"] / steps[-1], 2),
+            }
+        )
+    return rows
+
+
+def _sparsity(settings: dict[str, Any]) -> Sparsity | None:
+    policy = make_policy(SparsitySettings(**settings))
+    return None if policy is None else Sparsity(policy=policy)
+
+
+def _done(sparsity: Sparsity | None) -> dict[str, Any]:
+    found = (
+        summarise(sparsity.tally.layers()) if sparsity else {"density": 1.0, "recall": None, "search_s": 0.0}
+    )
+    return {
+        "density": found["density"],
+        "recall": "" if found["recall"] is None else found["recall"],
+        "search s": round(found["search_s"], 2),
+    }
+
+
+def _random_model(case: LargeCase) -> DiT:
+    config = DiTConfig(
+        latent_channels=16, width=case.width, num_layers=case.num_layers, num_heads=case.num_heads,
+        ffn_width=4 * case.width, text_width=64, patch=(1, 1),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return DiT(config).eval().requires_grad_(False).to(case.device)
+
+
+def _step_seconds(case: LargeCase, model: DiT, sparsity: Sparsity | None) -> Iterator[float]:
+    """Seconds of each step of one clip, without guidance."""
+    text = torch.randn(1, 8, 64, generator=torch.Generator().manual_seed(0))
+    task = make_task(
+        model, full(case.grid[0], case.num_steps), lambda block: (text,), latent_rows=case.grid[1],
+        latent_columns=case.grid[2], seed=0, shift=4.0, guidance_scale=1.0, noise=NoiseKind.INDEPENDENT,
+        sparsity=sparsity,
+    )  # fmt: skip
+    state = LoopState()
+    while state.next_tick < task.timetable.num_ticks:
+        started = time.perf_counter()
+        run_tick(task, state)
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+        yield time.perf_counter() - started
+
+
+def draw_layouts(policies: dict[str, Sparsity], target: Path) -> Path:
+    """A picture: a row per policy and layer, a column per head; white where a row of queries sees a block."""
+    from matplotlib.figure import Figure  # for plots only
+
+    shown = {
+        f"{name}\nlayer {layer}": layout
+        for name, sparsity in policies.items()
+        for layer, layout in list(sparsity.tally.layouts().items())[:2]
+    }
+    if not shown:
+        raise ValueError(f"{target}: no policy made a choice; nothing to draw")
+    heads = max(_mask(layout).shape[0] for layout in shown.values())
+    figure = Figure(figsize=(1.6 * heads + 2.2, 1.5 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), heads, squeeze=False)
+    for row, (label, layout) in zip(axes, shown.items(), strict=True):
+        mask = _mask(layout)
+        for head, axis in enumerate(row):
+            seen = mask[min(head, len(mask) - 1)]
+            axis.imshow(seen, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(f"head {head}: {seen.float().mean():.0%}", fontsize=7)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(label, fontsize=7)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=90)
+    return target
+
+
+def _mask(layout: BlockLayout) -> Tensor:
+    """[H, R, C] of the first of the batch."""
+    return layout.block_mask()[0].cpu()

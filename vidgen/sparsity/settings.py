@@ -1,0 +1,117 @@
+"""What can be set of sparse attention."""
+
+from dataclasses import dataclass, replace
+
+POLICIES = ("none", "adaspa", "svg2", "sliding_tile", "radial", "local")
+
+LARGE_BLOCK, SMALL_BLOCK = 128, 16  # tokens
+BLOCKS_TO_CHOOSE_FROM = 16
+
+Triple = tuple[int, int, int]  # frames, rows, columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsitySettings:
+    """Settings of all policies; ValueError for one that cannot be. A share that is 1 is dense attention."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read where these settings come from a file
+
+    policy: str = "none"
+    density: float = 0.2  # adaspa: share of key blocks that is kept; 1: dense, whatever the policy
+    recall: float | None = None  # adaspa, instead of density: share of attention mass to keep; 1: dense
+    query_block: int | None = None  # tokens; None: 128, or less where there are too few tokens to choose from
+    key_block: int | None = None
+    search_at: tuple[float, ...] = (0.2, 0.6)  # shares of the steps; before the first all is dense
+    dense_layers: int = 0  # so many first layers are always dense
+    dense_above: float = 0.75  # share of the blocks: a layout with more is not used, and dense attention is
+    head_adaptive: bool = (
+        True  # adaspa by density: less for heads that need less, more for those that need more
+    )
+    restore: bool = False  # what is left out is made up for (Re-ttention)
+    restore_drift: float = 0.0  # added to the sparse share after each step
+    query_clusters: int | None = None  # svg2; None: 100, or an eighth of the tokens where that is less
+    key_clusters: int | None = None  # svg2; None: 500, or an eighth
+    top_p: float = 0.9  # svg2: share of the estimated attention to keep
+    min_share: float = 0.1  # svg2: share of the key clusters to keep at least
+    first_iterations: int = 50  # svg2, of k-means from nothing
+    next_iterations: int = 2  # svg2, from the centroids of the search before
+    tile: Triple = (6, 8, 8)  # sliding_tile; smaller where the grid is, and in equal runs of frames
+    window: Triple | tuple[Triple, ...] = (
+        3,
+        3,
+        3,
+    )  # sliding_tile: odd numbers of tiles, or one triple per head
+    radius: float = 8.0  # local: Euclidean, in tokens of a frame
+    frame_radius: int | None = None  # local; None: all frames
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy={self.policy}: there are {', '.join(POLICIES)}")
+        for name in ("density", "recall", "top_p"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name}={share}: need more than 0 and at most 1, the share that is kept")
+        for name in ("dense_above", "restore_drift", "min_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: need 0 to 1")
+        for name in (
+            "query_block",
+            "key_block",
+            "query_clusters",
+            "key_clusters",
+            "first_iterations",
+            "next_iterations",
+        ):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count}: need at least 1")
+        self._check_when_and_where()
+        self._check_together()
+
+    def _check_when_and_where(self) -> None:
+        if not self.search_at or any(not 0 <= share < 1 for share in self.search_at):
+            raise ValueError(
+                f"search_at={self.search_at}: need one share of the steps or more, each from 0 to below 1"
+            )
+        if self.dense_layers < 0:
+            raise ValueError(f"dense_layers={self.dense_layers}: need 0 or more")
+        if len(self.tile) != 3 or min(self.tile) < 1:
+            raise ValueError(f"tile={self.tile}: need frames, rows and columns, each at least 1")
+        for window in self.windows:
+            if len(window) != 3 or any(size < 1 or size % 2 == 0 for size in window):
+                raise ValueError(f"window={window}: need three odd numbers of tiles: frames, rows, columns")
+        if self.radius < 0 or (self.frame_radius or 0) < 0:
+            raise ValueError(f"radius={self.radius}, frame_radius={self.frame_radius}: need 0 or more")
+
+    def _check_together(self) -> None:
+        if self.recall not in (None, 1) and self.policy != "adaspa":
+            raise ValueError(f"recall={self.recall} with policy={self.policy}: only adaspa takes a recall")
+        if self.restore_drift and not self.restore:
+            raise ValueError(f"restore_drift={self.restore_drift} without restore: set restore=True")
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Tokens of a block of queries and of one of keys."""
+        return self.query_block or LARGE_BLOCK, self.key_block or LARGE_BLOCK
+
+    def for_tokens(self, num_tokens: int) -> "SparsitySettings":
+        """The same with blocks that leave a choice among so many tokens."""
+        fits = (size for size in (64, 32) if size * BLOCKS_TO_CHOOSE_FROM <= num_tokens)
+        size = LARGE_BLOCK if num_tokens >= LARGE_BLOCK * BLOCKS_TO_CHOOSE_FROM else next(fits, SMALL_BLOCK)
+        return replace(self, query_block=self.query_block or size, key_block=self.key_block or size)
+
+    @property
+    def windows(self) -> tuple[Triple, ...]:
+        """One for all heads, or one per head."""
+        return self.window if isinstance(self.window[0], tuple) else (self.window,)  # pyright: ignore
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether these settings keep everything."""
+        return 1 in (self.density, self.recall) or (self.policy == "svg2" and self.top_p == 1)
+
+    def search_steps(self, num_steps: int) -> tuple[int, ...]:
+        """The steps at which a choice is made anew, ascending."""
+        return tuple(
+            sorted({step for share in self.search_at if (step := round(share * num_steps)) < num_steps})
+        )
