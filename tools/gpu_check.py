@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command: `python tools/gpu_check.py [--out DIR] [--quick]`.
 
-The tests marked `gpu`, the kernel benchmarks at long sequences, sparsity policies end to end. Writes one JSON file
-named after the card and the day. Needs torch with CUDA, triton, numpy, safetensors and pytest; nothing else.
+The tests marked `gpu`, the kernel benchmarks at long sequences, sparsity policies end to end. Writes one JSON
+file named after the card and the day. Needs torch with CUDA, triton, numpy, safetensors and pytest; nothing
+else.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def main() -> int:
 
 
 def run_tests() -> dict[str, Any]:
-    """What pytest says of the files with tests marked `gpu`; the others need packages that may not be here."""
+    """What pytest says of the files with tests marked `gpu`; others need packages that may not be here."""
     files = [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in path.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-rf", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_TIMEOUT_S)

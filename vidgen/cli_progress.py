@@ -148,7 +148,8 @@ def _sparse(evidence: dict[str, Any]) -> str:
     )
     return (
         f"{100 * (found['density'] or 1):.1f} % of (query, key) pairs seen on average{recall}; "
-        f"{found['sparse']} of {calls} runs of a layer sparse, {found['search']} searches in {found['search_s']:.1f} s"
+        f"{found['sparse']} of {calls} runs of a layer sparse, {found['search']} searches in "
+        f"{found['search_s']:.1f} s"
     )
 
 

@@ -86,7 +86,7 @@ class AttentionConfig(_Strict):
     """How attention is computed, and how much of it."""
 
     backend: Text | None = None
-    """A kernel by name (see `vidgen doctor`), or `auto`: the fastest by measurement, whose last bits then depend
+    """A kernel by name (see `vidgen doctor`), or `auto`: the fastest by measurement, so that last bits depend
     on the machine. By default VIDGEN_ATTENTION_BACKEND, else always the same one for a device."""
     sparsity: SparsitySettings = SparsitySettings()
     """An approximation, off by default: see vidgen/sparsity/settings.py."""

@@ -110,6 +110,7 @@ class Engine:
                 nearest = max(stride, round(size / stride) * stride)
                 raise ValueError(f"{name}={size}: need a multiple of {stride}; try {nearest}")
         job = self._with_sparsity(job)
+        assert job.num_frames and job.shift
         timetable = make_timetable(job, codec.num_latent_frames(job.num_frames))
         if job.parallel.ranks == 1:
             self._check_memory(job, timetable)
@@ -173,7 +174,7 @@ class Engine:
         self.sparsity = SparsitySettings()
 
     def _with_sparsity(self, job: JobConfig) -> JobConfig:
-        """The job with this engine's sparsity, where it says nothing of its own, and with blocks of a size."""
+        """The job with this engine's sparsity where it says nothing of its own, and blocks of a size."""
         sparsity = job.attention.sparsity if job.attention.sparsity.policy != "none" else self.sparsity
         if sparsity.policy == "none":
             return job

@@ -9,6 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from vidgen.kernels.attention import native
 from vidgen.kernels.attention.backends import BACKENDS, BY_NAME_ONLY, Backend, Request, able, why_not
 from vidgen.kernels.attention.fastest import fastest
 from vidgen.kernels.attention.layout import BlockLayout
@@ -21,7 +22,7 @@ _default: ContextVar[str | None] = ContextVar("attention_backend", default=None)
 
 @contextmanager
 def attention_backend(name: str | None) -> Iterator[None]:
-    """Within, calls that name no backend take this one; None changes nothing. ValueError for an unknown name."""
+    """Within, calls that name no backend take this one; None changes nothing. ValueError if it is unknown."""
     if name is None:
         yield
         return
@@ -30,6 +31,11 @@ def attention_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _default.reset(token)
+
+
+def current_backend() -> str | None:
+    """The name that calls without one take here."""
+    return _default.get()
 
 
 def check_name(name: str) -> str:
@@ -61,8 +67,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(Q K^T * scale) V of shape [B, Q, H, D]; without a layout every query sees every key.
 
-    With `return_lse` also the log-sum-exp of every query's logits, fp32 [B, H, Q]. A query that sees no key has
-    zeros and -inf. `backend` is a name of `BACKENDS`; "auto": the fastest, measured once per kind of request
+    With `return_lse` also the log-sum-exp of every query's logits, fp32 [B, H, Q]. A query that sees no key
+    has zeros and -inf. `backend` is a name of `BACKENDS`; "auto": the fastest, measured once per kind of request
     (results of backends differ in their last bits); by default the first that is able, always the same one.
     ValueError when the layout does not fit the tensors, or no backend, or not the named one, can do it.
     """
@@ -74,13 +80,22 @@ def attention(
     batch, num_queries, num_heads, head_dim = query_BQHD.shape
     if (batch, num_heads, head_dim) != (key_BKHD.shape[0], *key_BKHD.shape[2:]):
         raise ValueError(
-            f"query {tuple(query_BQHD.shape)} and key {tuple(key_BKHD.shape)}: need equal batch, heads and head "
-            "dimension"
+            f"query {tuple(query_BQHD.shape)} and key {tuple(key_BKHD.shape)}: need equal batch, heads and "
+            "head dimension"
         )
     if layout is not None:
         layout.check(batch, num_heads, num_queries, key_BKHD.shape[1])
-    backend = _default.get() if backend is None else check_name(backend)
+    if backend is not None:
+        check_name(backend)
+    elif not torch.compiler.is_compiling():  # which cannot trace a ContextVar
+        backend = current_backend()
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    if layout is None and backend in (
+        None,
+        "native",
+    ):  # able to do all that is dense, and traced by compilers
+        out, lse = native.run(query_BQHD, key_BKHD, value_BKHD, None, scale, return_lse)
+        return (out, lse) if lse is not None else out
     tensors = query_BQHD, key_BKHD, value_BKHD
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     request = Request.of(query_BQHD, layout, return_lse, needs_gradient)

@@ -1,7 +1,7 @@
 """The kernels there are, what each can do, and which one a request gets.
 
-A backend that cannot do what is asked is an error that names what can: nothing is ignored, and none is taken in
-place of another. Packages are looked for when they are first asked for.
+A backend that cannot do what is asked is an error that names what can: nothing is ignored, and none is taken
+in place of another. Packages are looked for when they are first asked for.
 """
 
 from collections.abc import Callable
@@ -46,6 +46,7 @@ class Backend:
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
     load: Callable[[], Run]
+    does_not_on_cpu: frozenset[Need] = frozenset()
     max_head_dim: int = 1 << 16
     head_dim_multiple: int = 1
     block_multiple: int = 1  # of a layout's query and key blocks
@@ -104,7 +105,8 @@ def why_not(backend: Backend, request: Request) -> str | None:
             f"head dimension {request.head_dim}: does multiples of {backend.head_dim_multiple} up to "
             f"{backend.max_head_dim}"
         )
-    missing = request.needs - backend.does
+    lacking = backend.does_not_on_cpu if request.device == "cpu" else frozenset()
+    missing = request.needs - (backend.does - lacking)
     if Need.WINDOW_1D in backend.does:  # whether a layout is such a window is for the kernel to see
         missing -= {Need.BLOCKS, Need.PARTIAL}
     if missing:
@@ -184,6 +186,7 @@ BACKENDS: dict[str, Backend] = {
             devices=CPU | CUDA,
             dtypes=HALF_AND_SINGLE,
             load=_loaded_by("flex", "load"),
+            does_not_on_cpu=frozenset({Need.LSE}),  # torch 2.13
         ),
         Backend(
             name="flash",

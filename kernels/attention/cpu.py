@@ -1,8 +1,8 @@
 """Attention over a block layout on a CPU: gathered key blocks, two batched products, a softmax in cache.
 
-Rows that see equally many blocks run together, as many at a time as keep the logits in a core's cache. Gathering
-costs a tenth of the products (2 MiB of L2, blocks of 128, head dimension 64); torch's own flash kernel splits
-short query blocks into tiles of 32, which costs it a fifth of its speed. Sums are in fp32 for every dtype.
+Rows that see equally many blocks run together, as many at a time as keep the logits in a core's cache.
+Gathering costs a tenth of the products (2 MiB of L2, blocks of 128, head dimension 64); torch's own flash kernel
+splits short query blocks into tiles of 32, which costs it a fifth of its speed. Sums are in fp32 for all dtypes.
 """
 
 import math
@@ -14,7 +14,8 @@ from torch import Tensor
 from vidgen.kernels.attention.layout import BlockLayout
 
 # B batch, Q queries, K keys, H heads, D head dimension, N = B * H, C key blocks,
-# I rows (of all batch entries and heads) that run together, M blocks that each of them sees, q k tokens of a block
+# I rows (of all batch entries and heads) that run together, M blocks that each of them sees,
+# q k tokens of a block of queries, of keys
 
 LOGITS_IN_CACHE = 1 << 18  # floats
 
@@ -69,7 +70,7 @@ def _attend(
     lse_Rq: Tensor,
     space: "_Space | None",
 ) -> None:
-    """Fill the chunk's rows of `out` and `lse_Rq`; in memory of `space`, but where gradients need all of it."""
+    """Fill the chunk's rows of `out` and `lse_Rq`, in memory of `space` unless gradients need all of it."""
     num_rows, num_blocks = chunk.blocks_IM.shape
     query_block, head_dim = queries.shape[1:]
     key_block = keys.shape[1]

@@ -3,7 +3,7 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -26,7 +26,7 @@ def fastest(
     request: Request, query_BQHD: Tensor, key_BKHD: Tensor, value_BKHD: Tensor, layout: BlockLayout | None,
     scale: float,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """What the fastest able backend gives. Where a layout may see more, dense attention is in the race too."""
+    """What the fastest able backend gives; dense attention races too where a layout may see more."""
     key = _kind(request, query_BQHD, key_BKHD, layout)
     tensors, lse = (query_BQHD, key_BKHD, value_BKHD), Need.LSE in request.needs
     if key not in _chosen:
@@ -73,7 +73,7 @@ def _load(choice: Choice) -> Run:
     return BACKENDS[choice[0]].load()
 
 
-def _race(runs: dict[Choice, Callable[[], object]], device: torch.device) -> Choice:
+def _race(runs: Mapping[Choice, Callable[[], object]], device: torch.device) -> Choice:
     """The run of least median time; one that fails is out of the race, and said to be."""
     times: dict[Choice, float] = {}
     for choice, run in runs.items():

@@ -1,8 +1,8 @@
-"""Which keys each query sees, by blocks: the one mask type of the engine, which no dense mask ever stands for.
+"""Which keys each query sees, by blocks: the one mask type of the engine, never a dense mask.
 
-Queries and keys are cut into blocks of fixed length, the last one ragged. A row is a block of queries; it lists
-the key blocks that it sees whole (`full`) and those of which a tile of bits says the rest (`partial`). The index
-lists are those of FlexAttention and FlashAttention 4, so that converting to them copies nothing.
+Queries and keys are cut into blocks of fixed length, the last one ragged. A row is a block of queries; it
+lists the key blocks that it sees whole (`full`) and those of which a tile of bits says the rest (`partial`).
+The index lists are those of FlexAttention and FlashAttention 4, so that converting to them copies nothing.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class BlockLists:
 
     @classmethod
     def of_mask(cls, mask_BHRC: Tensor, longest: int | None = None) -> "BlockLists":
-        """Lists of where a block mask is True. `longest`, where it is known, spares waiting for the device."""
+        """Lists of where a block mask is True. `longest`, if known, spares waiting for the device."""
         counts = mask_BHRC.sum(-1, dtype=torch.int32)
         if longest is None:
             longest = int(counts.max()) if counts.numel() else 0
@@ -193,7 +193,8 @@ class BlockLayout:
         """ValueError unless queries and keys of these sizes are what the layout is for."""
         if (num_queries, num_keys) != (self.num_queries, self.num_keys):
             raise ValueError(
-                f"{num_queries} queries and {num_keys} keys: this layout needs {(self.num_queries, self.num_keys)}"
+                f"{num_queries} queries and {num_keys} keys: this layout needs "
+                f"{(self.num_queries, self.num_keys)}"
             )
         optional = (self.key_lengths_BHC, self.key_log_weights_BHC)
         shapes = [self.full.counts_BHR.shape, *(tensor.shape for tensor in optional if tensor is not None)]
@@ -202,7 +203,8 @@ class BlockLayout:
         for shape in shapes:
             if shape[0] not in (1, batch) or shape[1] not in (1, num_heads):
                 raise ValueError(
-                    f"batch {batch} with {num_heads} heads: this layout is for batch {shape[0]} with {shape[1]} heads"
+                    f"batch {batch} with {num_heads} heads: this layout is for batch {shape[0]} with "
+                    f"{shape[1]} heads"
                 )
 
 

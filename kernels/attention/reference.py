@@ -54,7 +54,8 @@ def block_mass_reference(
 ) -> Tensor:
     """[B, H, R, C]: the sum over a block's (query, key) pairs of exp(logit - LSE of the query).
 
-    With the LSE of dense attention a row sums to the number of its queries. Source: AdaSpa (arXiv 2502.21079).
+    With the LSE of dense attention a row sums to the number of its queries. Source: AdaSpa (arXiv
+    2502.21079).
     """
     logits = masked_logits(query_BQHD, key_BKHD, None, scale, dtype)
     weights = (logits - lse_BHQ.to(dtype).unsqueeze(-1)).exp()

@@ -1,4 +1,4 @@
-"""Sparse attention on ranks is the loop's, bit for bit: what a policy keeps depends on (block, step) alone."""
+"""Sparse attention on ranks is the loop's, bit for bit: what a policy keeps depends on (block, step)."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,7 @@
 """Attention kernels against dense attention, and against what their density allows at best.
 
-A sparse row's `ideal` is its share of 1 / density, over the fastest dense backend of this machine, with making the
-layout in the time. All rows of a table are from one run, their readings taking turns.
+A sparse row's `of ideal` is its share of 1 / density, over the fastest dense backend of this machine, with making
+the layout in the time. All rows of a table are from one run, their readings taking turns.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from vidgen.kernels.attention.backends import BACKENDS, BY_NAME_ONLY, Request, a
 from vidgen.kernels.attention.layout import BlockLayout
 from vidgen.kernels.attention.mass import block_mass
 from vidgen.kernels.attention.select import top_k
-from vidgen.kernels.attention.windows import sliding_tile
+from vidgen.kernels.attention.tiles import sliding_tile
 
 # B batch, S tokens, H heads, D head dimension, R rows, C key blocks
 

@@ -36,7 +36,7 @@ class Lent:
             return tuple(tuple(kv.to(device) for kv in layers) for layers in branches)
 
         later = {block: (step, moved(kv)) for block, (step, kv) in self.for_later.items()}
-        attention = {
+        attention: dict[int, RunStates] = {
             block: tuple(
                 tuple({name: tensor.to(device) for name, tensor in state.items()} for state in layers)
                 for layers in runs

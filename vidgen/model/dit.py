@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from vidgen.kernels.attention.api import attention_backend, check_name
+from vidgen.kernels.attention.api import attention_backend, check_name, current_backend
 from vidgen.kernels.attention.windows import sliding_window_3d
+from vidgen.kernels.modulate.api import norm_modulate
 from vidgen.model.context import Context, LayerKeyValues
-from vidgen.model.layers import Attend, Block, NoiseLevelEmbedding, Positions, normalise
+from vidgen.model.layers import Attend, Block, NoiseLevelEmbedding, Positions
 from vidgen.model.rope import rotations
 
 # B batch, C latent channels, F latent frames, Y X latent rows and columns,
@@ -163,7 +164,7 @@ class DiT(nn.Module):
         positions = self._positions(grid, context, x_BFSD.device)
         shared = conditioning.noise_BF6D, conditioning.text_BND, positions
         lent = []
-        with attention_backend(self.attention_backend):
+        with attention_backend(positions.backend):  # for `attends`
             for index, layer in enumerate(self.layers):
                 attend = None if attends is None else attends[index]
                 x_BFSD, own = layer(x_BFSD, *shared, *context.layer(index), attend)
@@ -181,7 +182,7 @@ class DiT(nn.Module):
     def project(self, x_BFSD: Tensor, noise_BFD: Tensor, grid: Grid) -> Tensor:
         """What `velocity` needs of the last layer's tokens, [B*F, channels, rows, columns]."""
         shift, scale = (self.head_modulation + noise_BFD.unsqueeze(2)).unsqueeze(3).unbind(2)
-        x_BFSD = normalise(x_BFSD, self.config.eps) * (1 + scale) + shift
+        x_BFSD = norm_modulate(x_BFSD, scale, shift, self.config.eps)
         return self.patch_out(x_BFSD.flatten(0, 1).transpose(1, 2).unflatten(2, grid[1:]))
 
     def velocity(self, out: Tensor, latents_BCFYX: Tensor, noise_level_BF: Tensor) -> Tensor:
@@ -210,7 +211,8 @@ class DiT(nn.Module):
                 grid=grid, radius=self.config.window, key_frames=key_frames, frame_offset=first
             ).on(device)
         tokens = rows * columns
-        return Positions(cosines, sines, slice(first * tokens, (first + frames) * tokens), window)
+        own = slice(first * tokens, (first + frames) * tokens)
+        return Positions(cosines, sines, own, window, self.attention_backend or current_backend())
 
     def _fold(self, latents_BCFYX: Tensor) -> Tensor:
         """[B*F, C*p*q, Y/p, X/q]: patches become channels."""

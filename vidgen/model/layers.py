@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, rms_norm, silu
+from torch.nn.functional import gelu, rms_norm, silu
 
 from vidgen.kernels.attention.api import attention
 from vidgen.kernels.attention.layout import BlockLayout
+from vidgen.kernels.modulate.api import norm_modulate
+from vidgen.kernels.rope.api import norm_rope
 from vidgen.model.context import KeyValue
 from vidgen.model.rope import rotate
 
@@ -32,11 +34,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
-def normalise(x: Tensor, eps: float) -> Tensor:
-    """LayerNorm without parameters, in fp32."""
-    return layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 class NoiseLevelEmbedding(nn.Module):
@@ -64,16 +61,26 @@ class Positions:
     sines: Tensor
     own_tokens: slice
     window: BlockLayout | None
+    backend: str | None = None  # of attention
 
-    def rotate_queries(self, query_BSHD: Tensor) -> Tensor:
-        return rotate(query_BSHD, self.cosines[self.own_tokens], self.sines[self.own_tokens])
+    @property
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Rotations of the forward's own tokens."""
+        return self.cosines[self.own_tokens], self.sines[self.own_tokens]
 
-    def rotate_keys(self, key_BSHD: Tensor) -> Tensor:
-        return rotate(key_BSHD, self.cosines, self.sines)
+    def rotate_before(self, kv: KeyValue) -> Tensor:
+        """Keys [B, S, H, D] of frames before the own ones, turned."""
+        tokens = slice(0, self.own_tokens.start)
+        return rotate(kv.key_BFSHD.flatten(1, 2), self.cosines[tokens], self.sines[tokens])
+
+    def rotate_after(self, kv: KeyValue) -> Tensor:
+        """Keys [B, S, H, D] of frames after the own ones, turned."""
+        tokens = slice(self.own_tokens.stop, None)
+        return rotate(kv.key_BFSHD.flatten(1, 2), self.cosines[tokens], self.sines[tokens])
 
     def attend(self, query_BQHD: Tensor, key_BKHD: Tensor, value_BKHD: Tensor) -> Tensor:
         """Attention to all keys, or to those in the window."""
-        return attention(query_BQHD, key_BKHD, value_BKHD, layout=self.window)
+        return attention(query_BQHD, key_BKHD, value_BKHD, layout=self.window, backend=self.backend)
 
 
 class SelfAttention(nn.Module):
@@ -93,20 +100,24 @@ class SelfAttention(nn.Module):
         after: KeyValue | None,
         attend: Attend | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """(attended [B, F, S, D], this layer's own keys and values); `attend` stands in for positions.attend."""
-        heads = (self.num_heads, -1)
-        query_BFSHD = self.query_norm(self.query(x_BFSD)).unflatten(-1, heads)
-        own = KeyValue(
-            self.key_norm(self.key(x_BFSD)).unflatten(-1, heads), self.value(x_BFSD).unflatten(-1, heads)
-        )
-        seen = [kv for kv in (before, own, after) if kv is not None]
-        key_BFSHD = torch.cat([kv.key_BFSHD for kv in seen], dim=1) if len(seen) > 1 else own.key_BFSHD
-        value_BFSHD = torch.cat([kv.value_BFSHD for kv in seen], dim=1) if len(seen) > 1 else own.value_BFSHD
-        attended_BLHD = (attend or positions.attend)(
-            positions.rotate_queries(query_BFSHD.flatten(1, 2)),
-            positions.rotate_keys(key_BFSHD.flatten(1, 2)),
-            value_BFSHD.flatten(1, 2),
-        )
+        """(attended [B, F, S, D], own keys and values); `attend` stands in for positions.attend."""
+        frames = x_BFSD.shape[1]
+        turns, heads, eps = positions.own, self.num_heads, self.query_norm.eps
+        query_BLD, key_BLD = self.query(x_BFSD).flatten(1, 2), self.key(x_BFSD).flatten(1, 2)
+        _, query_BLHD = norm_rope(query_BLD, self.query_norm.weight, *turns, heads, eps, keep_normed=False)
+        normed_BLHD, key_BLHD = norm_rope(key_BLD, self.key_norm.weight, *turns, heads, eps)
+        assert normed_BLHD is not None
+        value_BFSHD = self.value(x_BFSD).unflatten(-1, (self.num_heads, -1))
+        own = KeyValue(normed_BLHD.unflatten(1, (frames, -1)), value_BFSHD)
+        keys, values = [key_BLHD], [value_BFSHD.flatten(1, 2)]
+        if before is not None:
+            keys.insert(0, positions.rotate_before(before))
+            values.insert(0, before.value_BFSHD.flatten(1, 2))
+        if after is not None:
+            keys.append(positions.rotate_after(after))
+            values.append(after.value_BFSHD.flatten(1, 2))
+        joined = [torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in (keys, values)]
+        attended_BLHD = (attend or positions.attend)(query_BLHD, *joined)
         return self.out(attended_BLHD.flatten(2).view_as(x_BFSD)), own
 
 
@@ -119,12 +130,13 @@ class CrossAttention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.query_norm, self.key_norm = RMSNorm(width, eps), RMSNorm(width, eps)
 
-    def forward(self, x_BFSD: Tensor, text_BND: Tensor) -> Tensor:
+    def forward(self, x_BFSD: Tensor, text_BND: Tensor, backend: str | None = None) -> Tensor:
         heads = (self.num_heads, -1)
         attended_BLHD = attention(
             self.query_norm(self.query(x_BFSD)).flatten(1, 2).unflatten(-1, heads),
             self.key_norm(self.key(text_BND)).unflatten(-1, heads),
             self.value(text_BND).unflatten(-1, heads),
+            backend=backend,
         )
         return self.out(attended_BLHD.flatten(2).view_as(x_BFSD))
 
@@ -166,9 +178,9 @@ class Block(nn.Module):
         modulation = (self.modulation + conditioning_BF6D).unsqueeze(3)  # [B, F, 6, 1, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
         attended, own = self.self_attention(
-            normalise(x_BFSD, self.eps) * (1 + scale) + shift, positions, before, after, attend
+            norm_modulate(x_BFSD, scale, shift, self.eps), positions, before, after, attend
         )
         x_BFSD = x_BFSD + attended * gate
-        x_BFSD = x_BFSD + self.cross_attention(self.cross_norm(x_BFSD), text_BND)
-        fed = self.feed_forward(normalise(x_BFSD, self.eps) * (1 + ffn_scale) + ffn_shift)
+        x_BFSD = x_BFSD + self.cross_attention(self.cross_norm(x_BFSD), text_BND, positions.backend)
+        fed = self.feed_forward(norm_modulate(x_BFSD, ffn_scale, ffn_shift, self.eps))
         return x_BFSD + fed * ffn_gate, own

@@ -1,8 +1,8 @@
 """What a sparsity policy is: attention of one layer at one step, with what it keeps for the steps after.
 
-A policy holds settings only. All that it remembers is the state it returns, which whoever calls keeps by block,
-layer and guidance branch, saves and restores: so the result depends on (block, step) and on nothing that ran
-elsewhere, and a render on ranks equals the loop.
+A policy holds settings only. All that it remembers is the state it returns, which whoever calls keeps by
+block, layer and guidance branch, saves and restores: so the result depends on (block, step) and on nothing
+that ran elsewhere, and a render on ranks equals the loop.
 """
 
 from collections.abc import Mapping

@@ -43,7 +43,7 @@ class Tally:
         return {number: layer.layout for number, layer in sorted(self._layers.items()) if layer.layout}
 
     def layers(self) -> list[dict[str, Any]]:
-        """A row per layer: calls by kind, mean density and recall per head, search seconds. Ready for JSON."""
+        """A row per layer, ready for JSON: calls by kind, mean density and recall per head, search time."""
         rows = []
         for number, layer in sorted(self._layers.items()):
             calls = sum(layer.calls.values())

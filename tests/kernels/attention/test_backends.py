@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vidgen.kernels.attention.api import attention, attention_backend
-from vidgen.kernels.attention.backends import BACKENDS, Need, Request, absent, able, why_not
+from vidgen.kernels.attention.backends import BACKENDS, Need, Request, able, absent, why_not
 from vidgen.kernels.attention.fastest import chosen, forget
 from vidgen.kernels.attention.layout import BlockLayout, from_block_mask, from_rule
 from vidgen.kernels.attention.merge import merge
@@ -75,10 +75,15 @@ LAYOUTS: dict[str, Callable[[int, int], BlockLayout | None]] = {
 COMPILED = {("flex", "dense"), ("flex", "tiles"), ("flex", "blocks per head")}
 
 
-def draw(num_queries: int, num_keys: int, head_dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def draw(
+    num_queries: int, num_keys: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_keys)
-    shapes = [(2, length, HEADS, head_dim) for length in (num_queries, num_keys, num_keys)]
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    query, key, value = (
+        torch.randn(2, length, HEADS, head_dim, generator=generator).to(dtype)
+        for length in (num_queries, num_keys, num_keys)
+    )
+    return query, key, value
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout | None) -> Tensor:
@@ -226,7 +231,9 @@ def test_within_a_backend_calls_take_it_and_afterwards_no_more():
 
 
 def test_auto_measures_once_and_takes_dense_only_where_a_layout_may_see_more(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(BACKENDS, "flex", BACKENDS["reference"])  # which is taken by name only: no compiling here
+    monkeypatch.setitem(
+        BACKENDS, "flex", BACKENDS["reference"]
+    )  # which is taken by name only: no compiling here
     forget()
     qkv = draw(64, 64, 64)
     exact = blocks(64, 64)
@@ -249,7 +256,9 @@ def test_a_package_that_is_missing_or_broken_is_a_reason_and_no_crash(monkeypatc
     def broken() -> None:
         raise OSError("undefined symbol: _ZN3c10")
 
-    monkeypatch.setitem(BACKENDS, "flash", replace(BACKENDS["flash"], load=broken, devices=frozenset({"cpu"})))
+    monkeypatch.setitem(
+        BACKENDS, "flash", replace(BACKENDS["flash"], load=broken, devices=frozenset({"cpu"}))
+    )
     absent.cache_clear()
     assert absent("flash") == "is not there: undefined symbol: _ZN3c10"
     absent.cache_clear()
