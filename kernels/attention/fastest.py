@@ -1,7 +1,6 @@
 """The backend that is fastest at a kind of request: measured once, and remembered while the process lives."""
 
 import logging
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -74,18 +73,18 @@ def _load(choice: Choice) -> Run:
 
 
 def _race(runs: Mapping[Choice, Callable[[], object]], device: torch.device) -> Choice:
-    """The run of least median time; one that fails is out of the race, and said to be."""
-    times: dict[Choice, float] = {}
-    for choice, run in runs.items():
-        try:
-            readings = [_seconds(run, device) for _ in range(READINGS + 1)][1:]
-        except (ValueError, RuntimeError) as error:
-            logger.warning("attention backend %s is out: %s", choice[0], str(error).splitlines()[0])
-            continue
-        times[choice] = statistics.median(readings)
+    """The run of least time, readings taking turns; one that fails is out of the race, and said to be."""
+    times: dict[Choice, list[float]] = {choice: [] for choice in runs}
+    for _ in range(READINGS + 1):
+        for choice in list(times):
+            try:
+                times[choice].append(_seconds(runs[choice], device))
+            except (ValueError, RuntimeError) as error:
+                logger.warning("attention backend %s is out: %s", choice[0], str(error).splitlines()[0])
+                del times[choice]
     if not times:
         raise ValueError(f"none of {', '.join(name for name, _ in runs)} could do this; see the log")
-    return min(times, key=lambda choice: times[choice])
+    return min(times, key=lambda choice: min(times[choice][1:]))  # the first compiles, or fills caches
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

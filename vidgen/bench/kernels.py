@@ -1,7 +1,7 @@
 """Attention kernels against dense attention, and against what their density allows at best.
 
-A sparse row's `of ideal` is its share of 1 / density, over the fastest dense backend of this machine, with making
-the layout in the time. All rows of a table are from one run, their readings taking turns.
+A sparse row's `of ideal` is its share of 1 / density, over the fastest dense backend of this machine, with
+making the layout in the time. All rows of a table are from one run, their readings taking turns.
 """
 
 from collections.abc import Callable

@@ -171,6 +171,17 @@ def test_lse_merges_of_disjoint_keys_equal_the_whole(num_parts: int):
     assert not empty.any() and (empty_lse == -math.inf).all()
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 1e3])
+def test_logits_of_any_size_give_what_the_reference_gives(size: float):
+    query, key, value = draw(77, 131, 64)
+    for kind in ("blocks per head", "tiles", "nothing"):
+        layout = LAYOUTS[kind](77, 131)
+        exact, exact_lse = attention_reference(query * size, key, value, layout)
+        found, lse = attention(query * size, key, value, layout=layout, backend="cpu", return_lse=True)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+        assert error(found, exact) <= 2 * error(plain(query * size, key, value, layout), exact) + 1e-6
+
+
 def test_values_of_keys_that_nobody_sees_may_be_anything():
     for kind in ("blocks per head", "tiles", "lengths"):
         layout = LAYOUTS[kind](77, 131)
