@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import vidgen
+from vidgen.config import parse_job
 from vidgen.engine import Engine
+from vidgen.sparsity.settings import SparsitySettings
 
 PROMPT = "a red circle moving left over a gray background"
 SMALL: dict[str, Any] = {"num_inference_steps": 2, "queue": {"block_frames": 2, "context_frames": 1}}
@@ -73,3 +75,49 @@ def test_larger_sizes_are_made_and_odd_ones_refused(engine: Engine) -> None:
 def test_every_queue_setting_makes_a_video(engine: Engine, mode: str, noise: str) -> None:
     queue = {**SMALL["queue"], "context_mode": mode, "noise": noise, "anchor_frames": 1}
     assert engine(PROMPT, num_frames=33, num_inference_steps=3, queue=queue).std() > 1
+
+
+def test_sparsity_is_for_jobs_that_say_nothing_and_is_enabled_once(engine: Engine) -> None:
+    dense = engine(PROMPT, num_frames=17, num_inference_steps=4)
+    engine.enable_sparsity(policy="adaspa", density=0.5, search_at=[0.3], dense_above=1.0)
+    try:
+        with pytest.raises(ValueError, match=r"enabled already \(adaspa\): call disable_sparsity"):
+            engine.enable_sparsity(policy="radial")
+        sparse = engine(PROMPT, num_frames=17, num_inference_steps=4)
+        assert not np.array_equal(sparse, dense)
+        own = {"sparsity": {"policy": "adaspa", "density": 1.0}}
+        assert np.array_equal(engine(PROMPT, num_frames=17, num_inference_steps=4, attention=own), dense)
+    finally:
+        engine.disable_sparsity()
+    assert np.array_equal(engine(PROMPT, num_frames=17, num_inference_steps=4), dense)
+    with pytest.raises(ValueError, match="unknown key attention.sparsity.densty; did you mean density"):
+        engine.enable_sparsity(policy="adaspa", densty=0.5)
+
+
+def test_the_backend_of_a_job_is_its_own_else_the_environments(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backend(**settings: object) -> str | None:
+        return engine.plan(parse_job({"prompt": PROMPT, **settings})).task.attention_backend
+
+    assert backend() is None
+    monkeypatch.setenv("VIDGEN_ATTENTION_BACKEND", "cpu")
+    assert backend() == "cpu" and backend(attention={"backend": "native"}) == "native"
+    monkeypatch.setenv("VIDGEN_ATTENTION_BACKEND", "fast")
+    with pytest.raises(ValueError, match="attention backend fast: there are native"):
+        backend()
+
+
+def test_another_backend_gives_the_same_video_within_rounding(engine: Engine) -> None:
+    expected = engine(PROMPT, num_frames=17, num_inference_steps=4).astype(int)
+    for name in ("cpu", "reference"):
+        found = engine(PROMPT, num_frames=17, num_inference_steps=4, attention={"backend": name}).astype(int)
+        assert np.abs(found - expected).max() <= 1
+
+
+def test_blocks_are_of_a_size_that_leaves_a_choice(engine: Engine) -> None:
+    plan = engine.plan(parse_job({"prompt": PROMPT, "attention": {"sparsity": {"policy": "adaspa"}}}))
+    assert plan.job.attention.sparsity.blocks == (16, 16)
+    for num_tokens, size in ((100, 16), (600, 32), (1500, 64), (2048, 128), (100_000, 128)):
+        assert SparsitySettings(policy="adaspa").resolved(num_tokens).blocks == (size, size)
+    assert SparsitySettings(key_block=48).resolved(9).blocks == (16, 48)

@@ -187,7 +187,7 @@ class Engine:
         frames = job.queue.block_frames + (job.queue.context_frames or 0)
         if job.queue.timetable == "full":
             frames = self.model.codec.num_latent_frames(job.num_frames)
-        sparsity = sparsity.for_tokens(frames * tokens_per_frame)
+        sparsity = sparsity.resolved(frames * tokens_per_frame)
         return job.model_copy(update={"attention": job.attention.model_copy(update={"sparsity": sparsity})})
 
     def _sparsity(self, settings: SparsitySettings) -> Sparsity | None:

@@ -38,6 +38,8 @@ def memory_bytes(
         lenders * branches * dit.num_layers * 2 * tokens * dit.width
         + own * dit.num_layers * 2 * tokens * dit.width
     )
+    if job.attention.sparsity.policy != "none" and job.attention.sparsity.restores:
+        lent += live * branches * dit.num_layers * frames * tokens * (dit.width + 2 * dit.num_heads)
     latents = (live + 3) * own * dit.latent_channels * rows * columns
     pixels = own * strides[0] * job.height * job.width * 3
     floats = num_parameters + hidden + lent + latents + pixels * PIXEL_COPIES

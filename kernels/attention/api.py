@@ -69,7 +69,7 @@ def attention(
 
     With `return_lse` also the log-sum-exp of every query's logits, fp32 [B, H, Q]. A query that sees no key
     has zeros and -inf. `backend` is a name of `BACKENDS`; "auto": the fastest, measured once per kind of
-    request (results of backends differ in their last bits); by default the first that is able, always the same.
+    request (results of backends differ in their last bits); by default the first that is able, always that.
     ValueError when the layout does not fit the tensors, or no backend, or not the named one, can do it.
     """
     if not query_BQHD.ndim == key_BKHD.ndim == 4 or key_BKHD.shape != value_BKHD.shape:

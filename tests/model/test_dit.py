@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.context import Context, KeyValue
 from vidgen.model.dit import DiT, DiTConfig
 
@@ -234,3 +235,24 @@ def test_at_wans_sizes_it_has_wans_number_of_parameters(config: DiTConfig, billi
     with torch.device("meta"):
         model = DiT(config)
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == billions
+
+
+@pytest.mark.parametrize("settings", [{}, {"window": (1, 1, 0)}], ids=["dense", "window"])
+def test_a_models_attention_backend_is_used_until_it_is_reset(settings: Any, dit: Any, draw: Any):
+    model = dit(**settings)
+    given = inputs(draw, 4)
+    expected = model(*given)
+    try:
+        for name in ("cpu", "reference"):
+            model.set_attention_backend(name)
+            torch.testing.assert_close(model(*given), expected, rtol=1e-4, atol=1e-5)
+        model.set_attention_backend("sage")
+        with pytest.raises(ValueError, match="backend=sage: runs on cuda, not on cpu; able here: "):
+            model(*given)
+        with pytest.raises(ValueError, match="attention backend fast: there are native"):
+            model.set_attention_backend("fast")
+    finally:
+        model.reset_attention_backend()
+    assert torch.equal(model(*given), expected)
+    with attention_backend("sage"), pytest.raises(ValueError, match="backend=sage"):
+        model(*given)

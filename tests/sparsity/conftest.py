@@ -64,9 +64,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def policy_of(name: str, **changes: Any) -> Policy:
     """A policy for small grids."""
-    given = (
-        {"policy": name, "query_block": 16, "key_block": 16, "dense_above": 1.0} | SETTINGS[name] | changes
-    )
+    usual = {"policy": name, "query_block": 16, "key_block": 16, "dense_above": 1.0}
+    usual |= {"search_at": (0.2, 0.6), "restore": False} | SETTINGS[name]
+    if "recall" in changes:
+        usual.pop("density", None)  # it is one or the other
+    given = usual | changes
     policy = make_policy(SparsitySettings(**given))
     assert policy is not None
     return policy

@@ -13,6 +13,7 @@ WRONG = {
     "density above 1": ({"density": 1.5}, "density=1.5"),
     "recall": ({"policy": "adaspa", "recall": -0.1}, "recall=-0.1"),
     "recall elsewhere": ({"policy": "svg2", "recall": 0.9}, "only adaspa takes a recall"),
+    "density and recall": ({"policy": "adaspa", "density": 0.2, "recall": 0.9}, "give one of them"),
     "top_p": ({"top_p": 0}, "top_p=0"),
     "min_share": ({"min_share": 2}, "min_share=2: need 0 to 1"),
     "dense_above": ({"dense_above": -1}, "dense_above=-1"),

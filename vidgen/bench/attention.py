@@ -192,7 +192,7 @@ def draw_layouts(policies: dict[str, Sparsity], target: Path) -> Path:
         seen_HRC = _seen(layout)
         for head, axis in enumerate(row):
             seen = seen_HRC[min(head, len(seen_HRC) - 1)]  # one for all heads is shown for each
-            axis.imshow(seen, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(seen.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set_title(f"head {head}: {seen.mean():.0%}", fontsize=7)
             axis.set_xticks([])
             axis.set_yticks([])

@@ -28,7 +28,7 @@ MAX_LEVELS = 3
 class AdaSpa:
     """See the module. Blocks with text are always kept, and count as part of a row's share."""
 
-    density: float
+    density: float | None  # or a recall
     recall: float | None
     query_block: int
     key_block: int
@@ -72,6 +72,7 @@ class AdaSpa:
         if self.recall is not None:
             needs_BH = (curve_BHC < self.recall).sum(-1).add(1).clamp(least, num_columns)
             return torch.tensor([on_levels(needs_H) for needs_H in needs_BH.tolist()])
+        assert self.density is not None
         count = min(max(round(self.density * num_columns), least), num_columns)
         if not self.head_adaptive:
             return torch.full(curve_BHC.shape[:2], count)

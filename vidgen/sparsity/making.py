@@ -9,9 +9,10 @@ from vidgen.sparsity.svg2 import SVG2
 
 
 def make_policy(settings: SparsitySettings) -> Policy | None:
-    """The policy; None for "none"."""
+    """The policy, all that is left open filled in; None for "none"."""
     if settings.policy == "none":
         return None
+    settings = settings.resolved()
     return Scheduled(settings=settings, method=_method(settings))
 
 

@@ -155,7 +155,7 @@ class _Step:
     def _sizes(self) -> list[int]:
         place, settings = self.place, self.settings
         batch, _, num_heads, head_dim = self.tensors[0].shape
-        made_by = POLICIES.index(settings.policy), int(settings.restore)
+        made_by = POLICIES.index(settings.policy), int(settings.restores)
         frames = place.frames_before, place.frames_after
         return [
             *made_by,

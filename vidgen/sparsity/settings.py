@@ -1,9 +1,18 @@
-"""What can be set of sparse attention."""
+"""What can be set of sparse attention, and what is best where nothing is said.
+
+Defaults were chosen on the built-in model: those at which it draws what it is asked for as often as with
+dense attention (`vidgen bench attention`). Windows cut off too much without restoration, and too early before
+half of the steps are done.
+"""
 
 from dataclasses import dataclass, replace
 
-POLICIES = ("none", "adaspa", "svg2", "sliding_tile", "radial", "local")
+WINDOWS = ("sliding_tile", "radial", "local")  # policies of a fixed geometry: nothing is searched for
+POLICIES = ("none", "adaspa", "svg2", *WINDOWS)
 
+DEFAULT_RECALL = 0.95
+DEFAULT_SEARCHES = {"adaspa": (0.2, 0.6)}  # else:
+LATE_SEARCH = (0.5,)
 LARGE_BLOCK, SMALL_BLOCK = 128, 16  # tokens
 BLOCKS_TO_CHOOSE_FROM = 16
 
@@ -17,17 +26,17 @@ class SparsitySettings:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read where these settings come from a file
 
     policy: str = "none"
-    density: float = 0.2  # adaspa: share of key blocks that is kept; 1: dense, whatever the policy
-    recall: float | None = None  # adaspa, instead of density: share of attention mass to keep; 1: dense
+    density: float | None = None  # adaspa: share of key blocks that is kept; 1: dense, whatever the policy
+    recall: float | None = None  # adaspa: share of attention mass to keep; 0.95 where no density is given
     query_block: int | None = None  # tokens; None: 128, or less where there are too few tokens to choose from
     key_block: int | None = None
-    search_at: tuple[float, ...] = (0.2, 0.6)  # shares of the steps; before the first all is dense
+    search_at: tuple[float, ...] | None = None  # shares of the steps; before the first all is dense
     dense_layers: int = 0  # so many first layers are always dense
     dense_above: float = 0.75  # share of the blocks: a layout with more is not used, and dense attention is
-    head_adaptive: bool = (
-        True  # adaspa by density: less for heads that need less, more for those that need more
+    head_adaptive: bool = True  # adaspa by density: less for heads that need less, and more for others
+    restore: bool | None = (
+        None  # what is left out is made up for (Re-ttention); by default in windows and svg2
     )
-    restore: bool = False  # what is left out is made up for (Re-ttention)
     restore_drift: float = 0.0  # added to the sparse share after each step
     query_clusters: int | None = None  # svg2; None: 100, or an eighth of the tokens where that is less
     key_clusters: int | None = None  # svg2; None: 500, or an eighth
@@ -36,11 +45,7 @@ class SparsitySettings:
     first_iterations: int = 50  # svg2, of k-means from nothing
     next_iterations: int = 2  # svg2, from the centroids of the search before
     tile: Triple = (6, 8, 8)  # sliding_tile; smaller where the grid is, and in equal runs of frames
-    window: Triple | tuple[Triple, ...] = (
-        3,
-        3,
-        3,
-    )  # sliding_tile: odd numbers of tiles, or one triple per head
+    window: Triple | tuple[Triple, ...] = (3, 3, 3)  # sliding_tile: odd numbers of tiles; or one per head
     radius: float = 8.0  # local: Euclidean, in tokens of a frame
     frame_radius: int | None = None  # local; None: all frames
 
@@ -54,14 +59,8 @@ class SparsitySettings:
         for name in ("dense_above", "restore_drift", "min_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: need 0 to 1")
-        for name in (
-            "query_block",
-            "key_block",
-            "query_clusters",
-            "key_clusters",
-            "first_iterations",
-            "next_iterations",
-        ):
+        kinds = ("query_block", "key_block", "query_clusters", "key_clusters")
+        for name in (*kinds, "first_iterations", "next_iterations"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise ValueError(f"{name}={count}: need at least 1")
@@ -69,7 +68,8 @@ class SparsitySettings:
         self._check_together()
 
     def _check_when_and_where(self) -> None:
-        if not self.search_at or any(not 0 <= share < 1 for share in self.search_at):
+        searches = LATE_SEARCH if self.search_at is None else self.search_at
+        if not searches or any(not 0 <= share < 1 for share in searches):
             raise ValueError(
                 f"search_at={self.search_at}: need one share of the steps or more, each from 0 to below 1"
             )
@@ -84,21 +84,34 @@ class SparsitySettings:
             raise ValueError(f"radius={self.radius}, frame_radius={self.frame_radius}: need 0 or more")
 
     def _check_together(self) -> None:
+        if self.recall is not None and self.density is not None:
+            raise ValueError(f"recall={self.recall} and density={self.density}: give one of them")
         if self.recall not in (None, 1) and self.policy != "adaspa":
             raise ValueError(f"recall={self.recall} with policy={self.policy}: only adaspa takes a recall")
-        if self.restore_drift and not self.restore:
+        if self.restore_drift and not self.restores:
             raise ValueError(f"restore_drift={self.restore_drift} without restore: set restore=True")
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Tokens of a block of queries and of one of keys."""
-        return self.query_block or LARGE_BLOCK, self.key_block or LARGE_BLOCK
+        """Tokens of a block of queries and of one of keys, once resolved."""
+        assert self.query_block and self.key_block
+        return self.query_block, self.key_block
 
-    def for_tokens(self, num_tokens: int) -> "SparsitySettings":
-        """The same with blocks that leave a choice among so many tokens."""
+    def resolved(self, num_tokens: int = LARGE_BLOCK * BLOCKS_TO_CHOOSE_FROM) -> "SparsitySettings":
+        """The same with all filled in: blocks leave a choice among so many tokens."""
         fits = (size for size in (64, 32) if size * BLOCKS_TO_CHOOSE_FROM <= num_tokens)
         size = LARGE_BLOCK if num_tokens >= LARGE_BLOCK * BLOCKS_TO_CHOOSE_FROM else next(fits, SMALL_BLOCK)
-        return replace(self, query_block=self.query_block or size, key_block=self.key_block or size)
+        recall = self.recall
+        if self.policy == "adaspa" and self.density is None and recall is None:
+            recall = DEFAULT_RECALL
+        return replace(
+            self,
+            recall=recall,
+            query_block=self.query_block or size,
+            key_block=self.key_block or size,
+            search_at=self.search_at or DEFAULT_SEARCHES.get(self.policy, LATE_SEARCH),
+            restore=self.restores,
+        )
 
     @property
     def windows(self) -> tuple[Triple, ...]:
@@ -106,12 +119,18 @@ class SparsitySettings:
         return self.window if isinstance(self.window[0], tuple) else (self.window,)  # pyright: ignore
 
     @property
+    def restores(self) -> bool:
+        """Whether what is left out is made up for."""
+        return self.policy in (*WINDOWS, "svg2") if self.restore is None else self.restore
+
+    @property
     def is_dense(self) -> bool:
         """Whether these settings keep everything."""
         return 1 in (self.density, self.recall) or (self.policy == "svg2" and self.top_p == 1)
 
     def search_steps(self, num_steps: int) -> tuple[int, ...]:
-        """The steps at which a choice is made anew, ascending."""
+        """The steps at which a choice is made anew, ascending, once resolved."""
+        assert self.search_at
         return tuple(
             sorted({step for share in self.search_at if (step := round(share * num_steps)) < num_steps})
         )
