@@ -94,3 +94,14 @@ def test_bad_training_settings_are_refused(text: str, says: str, run: Run):
     ran = run("train", "--config", "train.yaml", "--run", "run")
     assert ran.code == 2 and says in ran.err and len(ran.err.splitlines()) == 1
     assert not Path("run").exists()
+
+
+def test_bench_attention_tells_layers_and_heads_and_draws(run: Run, monkeypatch: pytest.MonkeyPatch):
+    from vidgen.bench import attention
+
+    monkeypatch.setattr(attention, "SMALL", {"adaspa": {"policy": "adaspa", "density": 0.5}})
+    ran = run("bench", "attention", "--prompts", 1, "--no-speed", "--picture", "p.png", "--json", "b.json")
+    assert ran.code == 0 and Path("p.png").stat().st_size > 1000
+    assert ran.out.count("density_per_head") == 6 and "recall_per_head" in ran.out
+    dense, sparse = json.loads(Path("b.json").read_text())["rows"]
+    assert dense["policy"] == "dense" and sparse["density"] < 1

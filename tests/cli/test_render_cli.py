@@ -47,10 +47,14 @@ def test_canonical_flags_reach_the_job(run: Run):
         *("--block-frames", 3, "--context-frames", 1, "--stride", 2, "--context-mode", "cache"),
         *("--anchor-frames", 1, "--noise", "independent", "--transition-blocks", 1, "--output", "v.mp4"),
         *("--guidance", "stacked", "--ranks", 1, "--placement", "spread", "--max-restarts", 1),
-        *("--min-ranks", 2, "--device", "cpu"),
+        *("--min-ranks", 2, "--device", "cpu", "--attention-backend", "cpu"),
+        *("--sparsity", "adaspa", "--recall", 0.8),
         *("--upscale", 2, "--crf", 20, "--save-latents", "l.safetensors", "--no-sheet", "--job", "j"),
     ).code == 0  # fmt: skip
     job = job_of("j").model_dump(mode="json")
+    attention = job.pop("attention")
+    assert attention["backend"] == "cpu"
+    assert (attention["sparsity"]["policy"], attention["sparsity"]["recall"]) == ("adaspa", 0.8)
     assert job == {
         "prompt": RED,
         "segments": [],
@@ -220,3 +224,22 @@ def test_away_from_a_terminal_progress_is_plain_lines(run: Run):
     ):
         assert fact in ran.out
     assert len([line for line in ran.out.splitlines() if line.startswith("frames ") and "left" in line]) == 2
+
+
+# sparse attention
+
+
+def test_an_approximation_is_named_before_and_measured_after(run: Run):
+    flags = ("--sparsity", "adaspa", "--density", 0.5, "--num-inference-steps", 5, "--no-sheet")
+    ran = run("render", RED, "--num-frames", 17, *flags)
+    assert ran.code == 0
+    assert "sparse  adaspa: an approximation" in ran.out
+    assert "% of (query, key) pairs seen" in ran.out and "searches in" in ran.out
+    settings = job_of("out.job").attention.sparsity
+    assert settings.density == 0.5 and settings.blocks == (16, 16) and settings.search_at == (0.2, 0.6)
+
+
+def test_the_backend_is_kept_with_the_job(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VIDGEN_ATTENTION_BACKEND", "cpu")
+    assert run("render", RED, "--num-frames", 5, *QUICK).code == 0
+    assert job_of("out.job").attention.backend == "cpu"

@@ -32,25 +32,28 @@ from vidgen.types import NoiseKind
 
 LONGEST_CLIP = 32  # frames: 8 latent frames of 16 tokens
 FRAME_TOKENS = 16  # of a latent frame of the built-in model
-SMALL: dict[str, dict[str, Any]] = {
-    "adaspa, density 0.75": {"policy": "adaspa", "density": 0.75},
-    "adaspa, density 0.5": {"policy": "adaspa", "density": 0.5},
-    "adaspa, recall 0.95": {"policy": "adaspa", "recall": 0.95},
+EARLY: dict[str, Any] = {"search_at": (0.2, 0.6), "restore": False}
+TILE: dict[str, Any] = {"policy": "sliding_tile", "tile": (1, 4, 4), "window": (3, 1, 1)}
+SMALL: dict[str, dict[str, Any]] = {  # by default but for geometry, and settings that cost more
+    "adaspa": {"policy": "adaspa"},
     "adaspa, recall 0.9": {"policy": "adaspa", "recall": 0.9},
-    "adaspa, density 0.5, restored": {"policy": "adaspa", "density": 0.5, "restore": True},
-    "svg2, top-p 0.9": {"policy": "svg2", "query_clusters": 8, "key_clusters": 16},
-    "sliding tile 3x1x1": {"policy": "sliding_tile", "tile": (1, 4, 4), "window": (3, 1, 1)},
-    "radial": {"policy": "radial"},
-    "local, radius 1.5": {"policy": "local", "radius": 1.5},
-    "local, radius 1.5, restored": {"policy": "local", "radius": 1.5, "restore": True},
+    "adaspa, density 0.5": {"policy": "adaspa", "density": 0.5},
+    "svg2": {"policy": "svg2", "query_clusters": 8, "key_clusters": 16},
+    "svg2, early, not restored": {"policy": "svg2", "query_clusters": 8, "key_clusters": 16, **EARLY},
+    "sliding tile, 3 frames": TILE,
+    "sliding tile, early, not restored": {**TILE, **EARLY},
+    "radial, blocks of 4": {"policy": "radial", "query_block": 4, "key_block": 4},
+    "local, radius 2.3": {"policy": "local", "radius": 2.3},
+    "local, early, not restored": {"policy": "local", "radius": 2.3, **EARLY},
 }
 LARGE: dict[str, dict[str, Any]] = {
     "adaspa, density 0.2": {"policy": "adaspa", "density": 0.2},
     "adaspa, density 0.2, restored": {"policy": "adaspa", "density": 0.2, "restore": True},
-    "svg2, top-p 0.9": {"policy": "svg2"},
+    "adaspa, density 0.1": {"policy": "adaspa", "density": 0.1},
+    "svg2": {"policy": "svg2"},
     "sliding tile 1x3x3": {"policy": "sliding_tile", "tile": (4, 8, 8), "window": (1, 3, 3)},
     "radial": {"policy": "radial"},
-    "local, radius 6": {"policy": "local", "radius": 6.0, "frame_radius": 2},
+    "local, radius 6, 2 frames": {"policy": "local", "radius": 6.0, "frame_radius": 2},
 }
 
 
