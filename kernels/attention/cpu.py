@@ -17,6 +17,7 @@ from vidgen.kernels.attention.layout import BlockLayout
 # I rows (of all batch entries and heads) that run together, M blocks that each of them sees,
 # q k tokens of a block of queries, of keys
 
+LEAST_LOGIT = -87.0  # exp of less is as good as 0, and slow
 SAFE_LOGIT = 60.0  # below it exp and sums of it fit fp32 unshifted; logits of normalised queries and keys are
 
 
@@ -35,9 +36,12 @@ def run(
     plan = plan_for(layout, batch, num_heads)
     queries = _blocks(query_BQHD, layout.query_block).mul_(scale)
     keys, values = _blocks(key_BKHD, layout.key_block), _blocks(value_BKHD, layout.key_block)
+    if not plan.sees_all:  # what nobody sees may be anything, also what no product survives
+        for blocks in (keys, values):
+            blocks.masked_fill_(~plan.seen_NCk.unsqueeze(-1), 0)
     weights = layout.key_log_weights_BHC
     weights_NC = None if weights is None else weights.float().expand(batch, num_heads, -1).flatten()
-    fit_exp = weights is None and _largest_logit(queries, keys, plan.seen_NCk) <= SAFE_LOGIT
+    fit_exp = weights is None and _largest_logit(queries, keys) <= SAFE_LOGIT
     out = torch.zeros_like(queries)
     lse_Rq = torch.full(queries.shape[:2], -math.inf)
     needs_gradient = torch.is_grad_enabled() and any(
@@ -76,14 +80,14 @@ def _attend(
     logits = torch.bmm(queries[chunk.rows], gathered(keys, "keys").transpose(1, 2), out=logits)
     if weights_NC is not None:
         logits.add_(weights_NC[flat].repeat_interleave(key_block).view(num_rows, 1, num_keys))
-    if chunk.mask is not None:
-        logits[..., chunk.masked_from :].masked_fill_(chunk.mask, -math.inf)
     peak = None
     if not fit_exp:
-        peak = logits.detach().amax(-1, keepdim=True)
-        peak.masked_fill_(peak == -math.inf, 0)  # a query that sees no key
-        logits.sub_(peak)
-    total = logits.exp_().sum(-1, keepdim=True)
+        peak = _peak(chunk, logits)
+        logits.sub_(peak).clamp_(LEAST_LOGIT, 0)  # 0: keys that are not seen, may be larger
+    logits = logits.exp().clone() if space is None else logits.exp_()
+    if chunk.keep is not None:  # after exp, which takes 20 times as long where it is given -inf
+        logits[..., chunk.kept_from :].mul_(chunk.keep)
+    total = logits.sum(-1, keepdim=True)
     lse_rows = total.log().squeeze(-1)
     lse_Rq[chunk.rows] = lse_rows if peak is None else lse_rows.add_(peak.squeeze(-1))
     total = total.clamp(min=torch.finfo(torch.float32).tiny)
@@ -91,6 +95,16 @@ def _attend(
         torch.bmm(logits, gathered(values, "values"), out=out[chunk.rows]).div_(total)
     else:
         out[chunk.rows] = torch.bmm(logits, gathered(values, "values")) / total
+
+
+def _peak(chunk: Chunk, logits: Tensor) -> Tensor:
+    """The largest logit that each query sees [I, q, 1]; 0 where it sees none."""
+    seen = logits.detach()
+    if chunk.keep is not None:
+        seen = seen.clone()
+        seen[..., chunk.kept_from :].add_(chunk.keep.log())
+    peak = seen.amax(-1, keepdim=True)
+    return peak.masked_fill_(peak == -math.inf, 0)
 
 
 class _Space:
@@ -107,10 +121,9 @@ class _Space:
         return self._held[name][:size].view(shape)
 
 
-def _largest_logit(queries: Tensor, keys: Tensor, seen_NCk: Tensor) -> float:
-    """What no logit's size exceeds: the longest query times the longest key that anybody sees."""
-    lengths = keys.detach().norm(dim=-1).masked_fill_(~seen_NCk, 0)
-    return (queries.detach().norm(dim=-1).max() * lengths.max()).item()
+def _largest_logit(queries: Tensor, keys: Tensor) -> float:
+    """What no logit's size exceeds: the longest query times the longest key (Cauchy and Schwarz)."""
+    return (queries.detach().norm(dim=-1).max() * keys.detach().norm(dim=-1).max()).item()
 
 
 def _blocks(tokens_BSHD: Tensor, block: int) -> Tensor:

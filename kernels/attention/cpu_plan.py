@@ -19,8 +19,8 @@ class Chunk:
 
     rows: Tensor | slice  # numbers [I] among all N * R rows; a slice, which copies nothing, where they follow
     blocks_IM: Tensor  # numbers among all N * C key blocks
-    mask: Tensor | None  # [1 or I, q, some of M * k] True where a key is not seen, at the end of
-    masked_from: int  # this column
+    keep: Tensor | None  # fp32 [1 or I, q, some of M * k]: 1 where a key is seen, else 0, of the columns from
+    kept_from: int  # this one on; those before are seen whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Plan:
 
     chunks: list[Chunk]
     seen_NCk: Tensor  # bool [N * C, k]
+    sees_all: bool
 
 
 def plan_for(layout: BlockLayout, batch: int, num_heads: int) -> Plan:
@@ -47,7 +48,8 @@ def _make_plan(layout: BlockLayout, batch: int, num_heads: int) -> Plan:
     counts = (codes_RC >= 0).sum(-1)
     is_masked = (codes_RC > 0).any(-1)
     size = layout.query_block * layout.key_block
-    chunks = []
+    chunks: list[Chunk] = []
+    masks: dict[bytes, tuple[Tensor, int]] = {}  # rows in the midst of a video have the same tiles
     for count in counts.unique().tolist():
         if count == 0:
             continue  # such rows keep their zeros and -inf
@@ -63,10 +65,14 @@ def _make_plan(layout: BlockLayout, batch: int, num_heads: int) -> Plan:
             blocks = columns + heads_R[rows].unsqueeze(1) * num_columns
             step = max(1, LOGITS_IN_CACHE // (size * count))
             for part in _runs(found, step) if masked else _cuts(len(rows), step):
-                mask, start = _mask(found[part], tiles) if masked else (None, 0)
-                chunks.append(Chunk(_as_slice(rows[part]), blocks[part], mask, start))
+                keep, start = None, 0
+                if masked:
+                    key = found[part].numpy().tobytes()
+                    keep, start = masks[key] = masks.get(key) or _keep(found[part], tiles)
+                chunks.append(Chunk(_as_slice(rows[part]), blocks[part], keep, start))
     seen_HCk = _seen(codes, tiles).expand(batch, num_heads, num_columns, layout.key_block)
-    return Plan(chunks, seen_HCk.reshape(-1, layout.key_block))
+    seen_NCk = seen_HCk.reshape(-1, layout.key_block)
+    return Plan(chunks, seen_NCk, bool(seen_NCk.all()))
 
 
 def _seen(codes: Tensor, tiles: Tensor) -> Tensor:
@@ -128,10 +134,10 @@ def _runs(codes_IM: Tensor, step: int) -> list[slice]:
     ]
 
 
-def _mask(codes_IM: Tensor, tiles: Tensor) -> tuple[Tensor, int]:
-    """(True where a key is not seen, for the columns from the first masked block on; that column)."""
+def _keep(codes_IM: Tensor, tiles: Tensor) -> tuple[Tensor, int]:
+    """(1.0 where a key is seen, for the columns from the first tile on; that column)."""
     if (codes_IM == codes_IM[0]).all():
         codes_IM = codes_IM[:1]
     first = int((codes_IM > 0).any(0).nonzero()[0])
-    mask = ~tiles[codes_IM[:, first:]]  # [1 or I, M', q, k]
-    return mask.transpose(1, 2).flatten(2), first * tiles.shape[2]
+    seen = tiles[codes_IM[:, first:]]  # [1 or I, M', q, k]
+    return seen.transpose(1, 2).flatten(2).float(), first * tiles.shape[2]
