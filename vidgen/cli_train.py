@@ -84,6 +84,27 @@ def adherence(
     from vidgen.measure.report import measure_adherence
 
     found = measure_adherence(Engine.from_pretrained(model).model, num_prompts=prompts, seed=seed)
+    return _tell(found, as_json)
+
+
+@measure.command()
+def long(
+    model: Annotated[str, typer.Option("--model", metavar="NAME|FILE", help="what to measure")] = "builtin",
+    prompts: Annotated[int, typer.Option("--prompts", min=1, metavar="N", help="a video each")] = 8,
+    num_frames: Annotated[int, typer.Option("--num-frames", min=64, metavar="N", help="of a video")] = 257,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="of the first video")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Say how often stretches of long videos show what was asked for, and whether they drift."""
+    from vidgen.engine import Engine
+    from vidgen.measure.report import measure_long
+
+    loaded = Engine.from_pretrained(model).model
+    found = measure_long(loaded, num_prompts=prompts, num_frames=num_frames, seed=seed)
+    return _tell(found, as_json)
+
+
+def _tell(found: dict[str, Any], as_json: bool) -> int:
     if as_json:
         write_line("stdout", json.dumps(found, indent=2))
     else:

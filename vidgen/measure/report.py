@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from vidgen.builtin import SmallModel
-from vidgen.measure.adherence import FACTORS, Verdict, judge
+from vidgen.measure.adherence import FACTORS, Verdict, judge, windows
+from vidgen.measure.fidelity import boundary_jump
 from vidgen.measure.generate import generate
 from vidgen.types import Recommended
 from vidgen.world import WORLDS, Scene
@@ -44,6 +45,38 @@ def measure_adherence(
         "settings": {key: str(value) for key, value in asdict(settings).items()},
         "training_steps": model.training.get("step"),
     }
+
+
+def measure_long(
+    model: SmallModel, *, num_prompts: int, num_frames: int, seed: int, world: str = "small"
+) -> dict[str, Any]:
+    """Counts of right windows of 16 frames in long block-queue videos, by quarter, and how blocks meet.
+
+    Of a long video every window should show what was asked for, as often at the end as at the beginning.
+    """
+    settings = model.recommended
+    block = settings.block_frames * model.codec.temporal_stride
+    verdicts: list[list[Verdict]] = []
+    jumps = []
+    for index, scene in enumerate(pick_scenes(num_prompts, seed, world)):
+        video = generate(
+            model, scene.caption(), num_frames=num_frames, seed=seed + index, settings=settings, long=True
+        )
+        verdicts.append([measured.verdict(scene) for measured in windows(video, CLIP_FRAMES)])
+        jumps.append(boundary_jump(video, list(range(block, num_frames, block))))
+    quarters = [[v for video in verdicts for v in video[_quarter(len(video), q)]] for q in range(4)]
+    return {
+        "prompts": num_prompts,
+        "frames": num_frames,
+        "all": _counts([verdict for video in verdicts for verdict in video]),
+        "quarters": [_counts(quarter)["all"] for quarter in quarters],
+        "border_jump": round(sum(jumps) / len(jumps), 3),
+        "settings": {key: str(value) for key, value in asdict(settings).items()},
+    }
+
+
+def _quarter(length: int, number: int) -> slice:
+    return slice(number * length // 4, (number + 1) * length // 4)
 
 
 def pick_scenes(num_prompts: int, seed: int, world: str = "small") -> list[Scene]:
