@@ -1,9 +1,9 @@
 """What can be set of sparse attention, and what is best where nothing is said.
 
 Defaults were chosen on the built-in model: those at which it draws what it is asked for as often as with
-dense attention (`vidgen bench attention`). Windows cut off too much without restoration, and too early before
-half of the steps are done. What is restored takes memory: a tensor like the layer's output per layer, live block
-and guidance branch, in checkpoints too.
+dense attention (`vidgen bench attention`). Windows cut off too much without restoration, and too early
+before half of the steps are done. What is restored takes memory: a tensor like the layer's output per
+layer, live block and guidance branch, in checkpoints too.
 """
 
 from dataclasses import dataclass, replace
