@@ -79,12 +79,8 @@ class BlockLayout:
     key_block: int
     full: BlockLists
     partial: PartialBlocks | None = None
-    key_lengths_BHC: Tensor | None = (
-        None  # int32: only so many keys of each block are there (VSA's ragged tiles)
-    )
-    key_log_weights_BHC: Tensor | None = (
-        None  # fp32, added to all logits of a key block (LLSA: its level * ln B)
-    )
+    key_lengths_BHC: Tensor | None = None  # int32: so many keys of each block are there (ragged tiles)
+    key_log_weights_BHC: Tensor | None = None  # fp32, added to a block's logits (LLSA: its level * ln B)
     may_see_more: bool = False  # a choice of what matters most: seeing every key is right as well
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
