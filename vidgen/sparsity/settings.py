@@ -35,9 +35,7 @@ class SparsitySettings:
     dense_layers: int = 0  # so many first layers are always dense
     dense_above: float = 0.75  # share of the blocks: a layout with more is not used, and dense attention is
     head_adaptive: bool = True  # adaspa by density: less for heads that need less, and more for others
-    restore: bool | None = (
-        None  # what is left out is made up for (Re-ttention); by default in windows and svg2
-    )
+    restore: bool | None = None  # make up for what is left out (Re-ttention); None: windows and svg2 do
     restore_drift: float = 0.0  # added to the sparse share after each step
     query_clusters: int | None = None  # svg2; None: 100, or an eighth of the tokens where that is less
     key_clusters: int | None = None  # svg2; None: 500, or an eighth
