@@ -23,7 +23,11 @@ def norm_rope(
     dtype = torch.promote_types(x_BSD.dtype, torch.float32)
     normed = rms_norm(x_BSD.to(dtype), weight_D.shape, weight_D.to(dtype), eps).to(x_BSD.dtype)
     normed_BSHd = normed.unflatten(-1, (num_heads, -1))
-    exact = normed_BSHd.to(dtype)
-    swapped = exact.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    rotated = (exact * cosines_S1d + swapped * signed_sines_S1d).to(x_BSD.dtype)
-    return normed_BSHd if keep_normed else None, rotated
+    return normed_BSHd if keep_normed else None, rotate(normed_BSHd, cosines_S1d, signed_sines_S1d)
+
+
+def rotate(tokens_BSHd: Tensor, cosines_S1d: Tensor, signed_sines_S1d: Tensor) -> Tensor:
+    """The tokens with each channel pair (2i, 2i+1) turned by its angle, in fp32 or above."""
+    x = tokens_BSHd.to(torch.promote_types(tokens_BSHd.dtype, torch.float32))
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cosines_S1d + swapped * signed_sines_S1d).to(tokens_BSHd.dtype)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from vidgen.kernels.attention.windows import sliding_window_3d
+from vidgen.kernels.rope.reference import rotate
 from vidgen.model.context import KeyValue, concatenate
 from vidgen.model.layers import NoiseLevelEmbedding, Positions, RMSNorm, SelfAttention
-from vidgen.model.rope import rotate, rotations
+from vidgen.model.rope import rotations
 
 ROWS, COLUMNS, WIDTH, HEADS = 3, 2, 24, 2
 TOKENS = ROWS * COLUMNS

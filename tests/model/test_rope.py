@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen.model.rope import axis_widths, rotate, rotations
+from vidgen.kernels.rope.reference import rotate
+from vidgen.model.rope import axis_widths, rotations
 
 GRID, HEAD_WIDTH, THETA = (5, 4, 3), 16, 50.0
 NUM_TOKENS = 5 * 4 * 3

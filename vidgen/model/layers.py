@@ -16,8 +16,8 @@ from vidgen.kernels.attention.api import attention
 from vidgen.kernels.attention.layout import BlockLayout
 from vidgen.kernels.modulate.api import norm_modulate
 from vidgen.kernels.rope.api import norm_rope
+from vidgen.kernels.rope.reference import rotate
 from vidgen.model.context import KeyValue
-from vidgen.model.rope import rotate
 
 # B batch, F frames, S tokens per frame, N text tokens, H heads, D width (or head width after H)
 

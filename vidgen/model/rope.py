@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# B batch, S tokens, H heads, D head dimension
+# S tokens
 
 
 def axis_widths(head_width: int) -> tuple[int, int, int]:
@@ -23,7 +23,7 @@ def axis_widths(head_width: int) -> tuple[int, int, int]:
 def rotations(
     grid: tuple[int, int, int], head_width: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(cosines, signed sines) [S, 1, D] for all tokens of a (frames, rows, columns) grid, for `rotate`."""
+    """(cosines, signed sines) [S, 1, D] of all tokens of a (frames, rows, columns) grid, for kernels/rope."""
     angles = []
     for axis, (length, width) in enumerate(zip(grid, axis_widths(head_width), strict=True)):
         frequencies = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
@@ -35,10 +35,3 @@ def rotations(
     cosines, sines = angle_SD.cos().float(), angle_SD.sin().float()
     signed = torch.stack((-sines, sines), dim=-1).flatten(-2)
     return cosines.repeat_interleave(2, dim=-1).to(device), signed.to(device)
-
-
-def rotate(tokens_BSHD: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """The tokens with each channel pair (2i, 2i+1) turned by its angle."""
-    x = tokens_BSHD.float()
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x * cosines + swapped * sines).to(tokens_BSHD.dtype)

@@ -220,7 +220,7 @@ def test_an_unknown_backend_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match="attention backend fast: there are native, .*, and auto"):
         attention(*draw(8, 8, 16), backend="fast")
     with pytest.raises(ValueError, match="attention backend fast"), attention_backend("fast"):
-        pass
+        attention(*draw(8, 8, 16))
 
 
 def test_a_request_is_refused_by_name_of_what_is_missing():
