@@ -1,10 +1,12 @@
 """Laws of the contact sheet: its size follows from its arguments, its tiles are the frames it names."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from vidgen.media.sheet import GAP_PX, LINE_PX, contact_sheet, save_sheet
+from vidgen.media.sheet import GAP_PX, LINE_PX, contact_sheet, save_sheet, save_sheet_of
 
 
 def tile_at(sheet: Image.Image, row: int, column: int, height: int, width: int, num_lines: int) -> np.ndarray:
@@ -61,3 +63,30 @@ def test_a_sheet_of_blocks_is_the_sheet_of_all_frames(moving_square, tmp_path):
     with Image.open(target) as sheet:
         found = np.asarray(sheet)
     assert np.array_equal(found, np.asarray(contact_sheet(frames, num_tiles=8, labels=labels)))
+
+
+class Counted:
+    """Frames to be had by index, and which were asked for."""
+
+    def __init__(self, frames: np.ndarray) -> None:
+        self.all, self.num_frames, self.asked = frames, len(frames), []
+
+    def frames(self, indices: Sequence[int]) -> np.ndarray:
+        self.asked += indices
+        return self.all[list(indices)]
+
+
+def test_a_sheet_of_pictures_reads_only_the_frames_that_it_shows(moving_square, tmp_path):
+    pictures = Counted(moving_square(101))
+    target = save_sheet_of(pictures, tmp_path / "sheets" / "video.png", num_tiles=5, num_columns=3)
+    assert pictures.asked == [0, 25, 50, 75, 100]
+    with Image.open(target) as sheet:
+        found = np.asarray(sheet)
+    assert np.array_equal(found, np.asarray(contact_sheet(pictures.all, num_tiles=5, num_columns=3)))
+
+
+def test_wrong_arguments_are_refused_before_anything_is_read(moving_square, tmp_path):
+    pictures = Counted(moving_square(4))
+    with pytest.raises(ValueError, match="2 labels for 4 frames"):
+        save_sheet_of(pictures, tmp_path / "sheet.png", labels=["a", "b"])
+    assert not pictures.asked and not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,15 @@ FONT_PX = 12
 MAX_LABEL_LINES = 2
 BACKGROUND = (24, 24, 24)
 INK = (230, 230, 230)
+
+
+class Pictures(Protocol):
+    """Frames to be had by index, as VideoSource and `open_output` give them."""
+
+    @property
+    def num_frames(self) -> int: ...
+
+    def frames(self, indices: Sequence[int]) -> NDArray[np.uint8]: ...
 
 
 def contact_sheet(
@@ -51,6 +61,25 @@ def save_sheet(
         shown += [block[i - first] for i in indices if first <= i < first + len(block)]
         first += len(block)
     sheet = _compose(np.stack(shown), indices, num_columns, _labels_at(indices, labels, num_frames))
+    return _save(sheet, target)
+
+
+def save_sheet_of(
+    pictures: Pictures,
+    target: Path,
+    *,
+    num_columns: int = 8,
+    num_tiles: int = 32,
+    labels: Sequence[str] | None = None,
+) -> Path:
+    """The contact sheet of frames that are there to be read; only those shown are read, one at a time."""
+    indices = _even_indices(pictures.num_frames, num_tiles)
+    labels_shown = _labels_at(indices, labels, pictures.num_frames)
+    tiles = np.stack([pictures.frames([index])[0] for index in indices])
+    return _save(_compose(tiles, indices, num_columns, labels_shown), target)
+
+
+def _save(sheet: Image.Image, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         sheet.save(temporary, "PNG")
