@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vidgen.codec.dct import DctCodec, DctConfig, dct_matrix
+from vidgen.codec.protocol import Codec
 from vidgen.world import WORLDS, render_clips
 
 
@@ -119,6 +120,33 @@ def test_clips_not_fitted_on_have_nearly_unit_variance(codec: DctCodec):
 def test_latent_frames_round_up(frames: int, latent_frames: int, codec: DctCodec):
     assert codec.num_latent_frames(frames) == latent_frames
     assert (codec.temporal_stride, codec.spatial_stride, codec.num_channels) == (4, 8, 128)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_pixel_frames_of_latent_frames_and_back(frames: int, codec: DctCodec):
+    assert codec.num_pixel_frames(frames) == 4 * frames
+    assert codec.num_latent_frames(4 * frames) == frames
+    assert (codec.num_pixel_frames(0), codec.num_latent_frames(0)) == (0, 0)
+
+
+def test_a_stream_decodes_from_anywhere_without_a_warm_up(codec: DctCodec):
+    any_codec: Codec = codec
+    latents = codec.encode(world_clips(1, seed=6))
+    whole = codec.decode(latents).clamp(-1, 1)
+    assert any_codec.warm_up_frames == 0
+    stream = any_codec.stream()
+    stream.warm_up(latents[:, :, :1])
+    torch.testing.assert_close(stream.decode(latents[:, :, 2:]), whole[:, :, 8:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("given", "total"), [(1, 1), (3, 4), (4, 4), (9, 5)])
+def test_encoding_first_frames_equals_encoding_them_with_the_gray(given: int, total: int, codec: DctCodec):
+    pixels = world_clips(1, seed=7)[:, :, :given]
+    gray = torch.zeros(1, 3, 4 * total - given, 32, 32)
+    expected = codec.encode(torch.cat([pixels, gray], dim=2))
+    torch.testing.assert_close(codec.encode_first_frames(pixels, total), expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="num_latent_frames=0"):
+        codec.encode_first_frames(pixels, 0)
 
 
 @pytest.mark.parametrize("size", [(5, 16, 16), (4, 15, 16), (4, 16, 20)], ids=str)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vidgen.codec.protocol import CodecSizes, DecodeStream
+
 # B batch, C latent channels, F latent frames, Y X latent rows and columns
 
 
@@ -56,13 +58,46 @@ class DctCodec(nn.Module):
         # a 3-point DCT over RGB is an opponent colour space: light, red-blue, green-magenta
         self.register_buffer("colour_basis", dct_matrix(3), persistent=False)
 
-    temporal_stride = property(lambda self: self.config.patch[0])
-    spatial_stride = property(lambda self: self.config.patch[1])
-    num_channels = property(lambda self: self.config.num_channels)
+    @property
+    def sizes(self) -> CodecSizes:
+        """See Codec."""
+        frames, rows, _ = self.config.patch
+        channels = self.config.num_channels
+        return CodecSizes(
+            temporal_stride=frames, spatial_stride=rows, num_channels=channels, first_frames=frames
+        )
+
+    @property
+    def warm_up_frames(self) -> int:
+        """See Codec. No frame depends on another."""
+        return 0
+
+    @property
+    def temporal_stride(self) -> int:
+        """See CodecSizes."""
+        return self.config.patch[0]
+
+    @property
+    def spatial_stride(self) -> int:
+        """See CodecSizes."""
+        return self.config.patch[1]
+
+    @property
+    def num_channels(self) -> int:
+        """See CodecSizes."""
+        return self.config.num_channels
 
     def num_latent_frames(self, num_frames: int) -> int:
         """Latent frames that cover `num_frames` pixel frames."""
-        return -(-num_frames // self.temporal_stride)
+        return self.sizes.num_latent_frames(num_frames)
+
+    def num_pixel_frames(self, num_latent_frames: int) -> int:
+        """See Codec."""
+        return self.sizes.num_pixel_frames(num_latent_frames)
+
+    def stream(self) -> DecodeStream:
+        """See Codec."""
+        return _DctDecodeStream(self)
 
     @torch.no_grad()
     def fit(self, clips: Tensor) -> None:
@@ -81,6 +116,19 @@ class DctCodec(nn.Module):
         """Latents [B, C, F, Y, X] of pixels whose sizes are multiples of the patch."""
         coefficients = self._transform(pixels)[:, self.kept]
         return (coefficients - _per_channel(self.mean)) / _per_channel(self.scale)
+
+    def encode_first_frames(self, pixels: Tensor, num_latent_frames: int) -> Tensor:
+        """See Codec. Every gray chunk of frames has the same latents."""
+        missing = self.num_pixel_frames(self.num_latent_frames(pixels.shape[2])) - pixels.shape[2]
+        first = self.encode(nn.functional.pad(pixels, (0, 0, 0, 0, 0, missing)))
+        num_gray = num_latent_frames - first.shape[2]
+        if num_gray < 0:
+            raise ValueError(
+                f"num_latent_frames={num_latent_frames}: {pixels.shape[2]} frames are {first.shape[2]}; "
+                "give fewer"
+            )
+        gray = self.encode(torch.zeros_like(pixels[:, :, :1]).repeat(1, 1, self.temporal_stride, 1, 1))
+        return torch.cat([first, gray.repeat(1, 1, num_gray, 1, 1)], dim=2)
 
     def decode(self, latents_BCFYX: Tensor) -> Tensor:
         """Pixels [B, 3, frames, height, width], not clamped."""
@@ -110,6 +158,20 @@ class DctCodec(nn.Module):
             patches, self.colour_basis, self.frame_basis, self.row_basis, self.column_basis,
         )  # fmt: skip
         return coefficients.flatten(1, 4)
+
+
+class _DctDecodeStream(DecodeStream):
+    """See DecodeStream. There is nothing to remember."""
+
+    def __init__(self, codec: DctCodec) -> None:
+        self._codec = codec
+
+    def decode(self, latents_BCFYX: Tensor) -> Tensor:
+        """See DecodeStream."""
+        return self._codec.decode(latents_BCFYX).clamp(-1, 1)
+
+    def warm_up(self, latents_BCFYX: Tensor) -> None:
+        """See DecodeStream."""
 
 
 def _per_channel(values: Tensor) -> Tensor:
