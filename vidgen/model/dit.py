@@ -1,7 +1,8 @@
 """The video diffusion transformer: latents, noise levels and text in, flow velocity out.
 
-Wan 2.1's architecture (arXiv 2503.20314) with two options that small models need: a 3x3 convolution at input
-and output, and an output that is a correction to the best linear guess. It never asks for a rank or a file.
+The architecture of Wan 2.1 and 2.2 (arXiv 2503.20314) with two options that small models need: a 3x3
+convolution at input and output, and an output that is a correction to the best linear guess. It never asks
+for a rank or a file.
 A forward is `condition`, `embed`, `run_layers`, `project`, `velocity`: a pipeline stage holds some of the
 layers and does its part of these.
 """
@@ -12,17 +13,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import silu
 
 from vidgen.kernels.attention.api import attention_backend, check_name, current_backend
 from vidgen.kernels.attention.windows import sliding_window_3d
 from vidgen.kernels.modulate.api import norm_modulate
 from vidgen.model.context import Context, LayerKeyValues
-from vidgen.model.layers import Attend, Block, NoiseLevelEmbedding, Positions
+from vidgen.model.dtypes import DTYPES, DType, cast
+from vidgen.model.layers import Attend, Block, ImageProjection, NoiseLevelEmbedding, Positions, TextProjection
 from vidgen.model.rope import rotations
 
 # B batch, C latent channels, F latent frames, Y X latent rows and columns,
-# S tokens per frame, N text tokens, D width, T text width
+# S tokens per frame, N text tokens, D width, T text width, M image tokens, I image feature width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +44,17 @@ class DiTConfig:
     window: tuple[int | None, int | None, int | None] | None = None  # radius in frames, token rows, columns
     convolutions: bool = False
     linear_skip: bool = False  # correct the linear estimate of clean latents; needs their variance
+    condition_channels: int = 0  # given beside the latents, as its last input channels
+    image_width: int | None = None  # of image features, which every layer attends to; None: it takes no image
+    image_tokens: int = 0  # how many features an image has, or a first and a last one together
+    image_positions: bool = False  # image features are numbered, so that first and last are told apart
+    dtype: DType = "fp32"  # of weights and tokens; fp8: stored in it, computed in bf16
 
     def __post_init__(self) -> None:
+        if (self.image_width is None) != (self.image_tokens == 0):
+            raise ValueError(
+                f"image_width={self.image_width}, image_tokens={self.image_tokens}: give both or neither"
+            )
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(f"width={self.width}: need an even multiple of num_heads={self.num_heads}")
 
@@ -54,25 +65,17 @@ class Conditioning:
 
     noise_BFD: Tensor
     noise_BF6D: Tensor
-    text_BND: Tensor
+    text_BND: Tensor  # image tokens, where there are such, before the text's
 
 
 Grid = tuple[int, int, int]  # frames, rows, columns of tokens
 
 
-class TextProjection(nn.Module):
-    """Text embeddings [B, N, T] to the model's width."""
-
-    def __init__(self, text_width: int, width: int) -> None:
-        super().__init__()
-        self.hidden, self.out = nn.Linear(text_width, width), nn.Linear(width, width)
-
-    def forward(self, text_BNT: Tensor) -> Tensor:
-        return self.out(gelu(self.hidden(text_BNT), approximate="tanh"))
-
-
 class DiT(nn.Module):
-    """A video DiT. Latents [B, C, F, Y, X] at noise levels [B, F] in [0, 1] to velocity of the same shape."""
+    """A video DiT. Latents [B, C, F, Y, X] at noise levels [B, F] in [0, 1] to velocity of the same shape.
+
+    Where the config has condition channels, they come after the latents' own; the velocity has none of them.
+    """
 
     variance: Tensor
 
@@ -82,26 +85,37 @@ class DiT(nn.Module):
         self.attention_backend: str | None = None
         width, (rows, columns) = config.width, config.patch
         kernel = 3 if config.convolutions else 1
-        patch_channels = config.latent_channels * rows * columns
+        patch_channels = (config.latent_channels + config.condition_channels) * rows * columns
         self.patch_in = nn.Conv2d(patch_channels, width, kernel, padding=kernel // 2)
         self.text_in = TextProjection(config.text_width, width)
         self.noise_level = NoiseLevelEmbedding(config.num_frequencies, width)
         self.noise_modulation = nn.Linear(width, 6 * width)
-        self.layers = nn.ModuleList(
-            Block(width, config.num_heads, config.ffn_width, config.eps) for _ in range(config.num_layers)
-        )
+        if config.image_width is not None:
+            num_positions = config.image_tokens if config.image_positions else 0
+            self.image_in = ImageProjection(config.image_width, width, num_positions)
+        sizes = width, config.num_heads, config.ffn_width, config.eps, config.image_tokens
+        self.layers = nn.ModuleList(Block(*sizes) for _ in range(config.num_layers))
         self.head_modulation = nn.Parameter(torch.randn(2, width) / math.sqrt(width))
         self.patch_out = nn.Conv2d(width, self.out_channels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.patch_out.weight)
         nn.init.zeros_(self.patch_out.bias)  # type: ignore[arg-type]
         if config.linear_skip:
             self.register_buffer("variance", torch.ones(config.latent_channels))
+        if config.dtype != "fp32":
+            cast(self, config.dtype)
 
     def forward(
-        self, latents_BCFYX: Tensor, noise_level_BF: Tensor, text_BNT: Tensor, context: Context | None = None
+        self,
+        latents_BCFYX: Tensor,
+        noise_level_BF: Tensor,
+        text_BNT: Tensor,
+        context: Context | None = None,
+        image_BMI: Tensor | None = None,
     ) -> Tensor:
-        """Velocity noise - clean, [B, C, F, Y, X]."""
-        return self.forward_and_lend(latents_BCFYX, noise_level_BF, text_BNT, context)[0]
+        """Velocity noise - clean, [B, C, F, Y, X], in the latents' dtype."""
+        conditioning = self.condition(noise_level_BF, text_BNT, image_BMI)
+        inputs = latents_BCFYX, noise_level_BF, text_BNT, context
+        return self.forward_and_lend(*inputs, conditioning=conditioning)[0]
 
     def forward_and_lend(
         self,
@@ -126,13 +140,32 @@ class DiT(nn.Module):
         out = self.project(x_BFSD[:, first_frame:], conditioning.noise_BFD[:, first_frame:], grid)
         return self.velocity(out, latents_BCFYX[:, :, first_frame:], noise_level_BF[:, first_frame:]), lent
 
-    def condition(self, noise_level_BF: Tensor, text_BNT: Tensor) -> Conditioning:
+    def condition(
+        self, noise_level_BF: Tensor, text_BNT: Tensor, image_BMI: Tensor | None = None
+    ) -> Conditioning:
         """What all layers share."""
-        return Conditioning(*self.condition_noise(noise_level_BF), self.text_in(text_BNT))
+        return Conditioning(*self.condition_noise(noise_level_BF), self.embed_text(text_BNT, image_BMI))
+
+    def embed_text(self, text_BNT: Tensor, image_BMI: Tensor | None = None) -> Tensor:
+        """Tokens [B, N, D] for cross-attention, the image's first.
+
+        ValueError for image features that are not wanted, are missing, or are of another shape.
+        """
+        text_BND = self.text_in(text_BNT.to(self.text_in.out.weight.dtype))
+        if self.config.image_width is None and image_BMI is None:
+            return text_BND
+        wanted = (self.config.image_tokens, self.config.image_width or 0)
+        found = None if image_BMI is None else tuple(image_BMI.shape[1:])
+        if image_BMI is None or found != wanted:
+            raise ValueError(
+                f"image features of shape {found} per video: this model needs "
+                f"{wanted if self.config.image_width else None}"
+            )
+        return torch.cat((self.image_in(image_BMI.to(text_BND.dtype)), text_BND), dim=1)
 
     def condition_noise(self, noise_level_BF: Tensor) -> tuple[Tensor, Tensor]:
         """(for the head [B, F, D], for the layers [B, F, 6, D])."""
-        noise_BFD = self.noise_level(noise_level_BF)
+        noise_BFD = self.noise_level(noise_level_BF).to(self.noise_modulation.weight.dtype)
         return noise_BFD, self.noise_modulation(silu(noise_BFD)).unflatten(-1, (6, -1))
 
     def token_grid(self, latents_shape: Sequence[int]) -> Grid:
@@ -144,10 +177,16 @@ class DiT(nn.Module):
         return frames, rows // p, columns // q
 
     def embed(self, latents_BCFYX: Tensor) -> Tensor:
-        """Tokens [B, F, S, D]."""
+        """Tokens [B, F, S, D] of latents and condition channels [B, C, F, Y, X]."""
         self.token_grid(latents_BCFYX.shape)
-        batch, _, frames, _, _ = latents_BCFYX.shape
-        patched = self._fold(latents_BCFYX)  # [B*F, C*p*q, Y/p, X/q]
+        batch, channels, frames, _, _ = latents_BCFYX.shape
+        wanted = self.config.latent_channels + self.config.condition_channels
+        if channels != wanted:
+            raise ValueError(
+                f"latents of {channels} channels: this model needs {wanted}, of which the last "
+                f"{self.config.condition_channels} are given"
+            )
+        patched = self._fold(latents_BCFYX.to(self.patch_in.weight.dtype))  # [B*F, C*p*q, Y/p, X/q]
         x_BFSD = self.patch_in(patched).flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
         # contiguous: a stage that got these tokens as a message has them so, and sums depend on strides
         return x_BFSD.contiguous()
@@ -179,20 +218,32 @@ class DiT(nn.Module):
         """The first able backend again, whichever the device and the layout."""
         self.attention_backend = None
 
+    def compile_layers(self) -> None:
+        """Compile every layer where it is used first: faster after, equal up to rounding."""
+        for layer in self.layers:
+            layer.compile()
+
     def project(self, x_BFSD: Tensor, noise_BFD: Tensor, grid: Grid) -> Tensor:
         """What `velocity` needs of the last layer's tokens, [B*F, channels, rows, columns]."""
-        shift, scale = (self.head_modulation + noise_BFD.unsqueeze(2)).unsqueeze(3).unbind(2)
+        shift, scale = (self.head_modulation + noise_BFD.float().unsqueeze(2)).unsqueeze(3).unbind(2)
         x_BFSD = norm_modulate(x_BFSD, scale, shift, self.config.eps)
         return self.patch_out(x_BFSD.flatten(0, 1).transpose(1, 2).unflatten(2, grid[1:]))
 
     def velocity(self, out: Tensor, latents_BCFYX: Tensor, noise_level_BF: Tensor) -> Tensor:
-        """Velocity [B, C, F, Y, X] of the latents that `out` is the projection of."""
-        return self._add_linear_estimate(self._unfold(out, latents_BCFYX), latents_BCFYX, noise_level_BF)
+        """Velocity [B, C, F, Y, X] of the latents that `out` is the projection of, in their dtype."""
+        latents_BCFYX = latents_BCFYX[:, : self.config.latent_channels]
+        out = self._unfold(out, latents_BCFYX).to(latents_BCFYX.dtype)
+        return self._add_linear_estimate(out, latents_BCFYX, noise_level_BF)
 
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
         return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its tokens."""
+        return DTYPES[self.config.dtype]
 
     @property
     def out_channels(self) -> int:

@@ -1,7 +1,8 @@
 """The parts of a Wan-style video DiT block.
 
 Source: Wan 2.1 (github.com/Wan-Video/Wan2.1, arXiv 2503.20314): adaLN-single modulation per frame, RMSNorm
-on queries and keys over the full width, cross-attention to text, tanh-GELU feed-forward.
+on queries and keys over the full width, cross-attention to text and image, tanh-GELU feed-forward. Layers
+compute in their weights' dtype; norms, modulation and noise levels in fp32, as in diffusers.
 """
 
 import math
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, rms_norm, silu
+from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
 from vidgen.kernels.attention.api import attention
 from vidgen.kernels.attention.layout import BlockLayout
@@ -19,7 +20,8 @@ from vidgen.kernels.rope.api import norm_rope
 from vidgen.kernels.rope.reference import rotate
 from vidgen.model.context import KeyValue
 
-# B batch, F frames, S tokens per frame, N text tokens, H heads, D width (or head width after H)
+# B batch, F frames, S tokens per frame, N text tokens, M image tokens, I image feature width, H heads,
+# D width (or head width after H), T text width
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries [B, Q, H, D], keys, values to [B, Q, H, D]
 
@@ -34,6 +36,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Over the last dimension, in fp32 or above, of x's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
 class NoiseLevelEmbedding(nn.Module):
@@ -51,6 +62,32 @@ class NoiseLevelEmbedding(nn.Module):
         angles = noise_level_BF.float().unsqueeze(-1) * 1000 * torch.exp(-math.log(10000) * exponents)
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.hidden.weight.dtype)
         return self.out(silu(self.hidden(waves)))
+
+
+class TextProjection(nn.Module):
+    """Text embeddings [B, N, T] to the model's width."""
+
+    def __init__(self, text_width: int, width: int) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(text_width, width), nn.Linear(width, width)
+
+    def forward(self, text_BNT: Tensor) -> Tensor:
+        return self.out(gelu(self.hidden(text_BNT), approximate="tanh"))
+
+
+class ImageProjection(nn.Module):
+    """Features [B, M, I] of an image, or of a first and a last one, to the model's width."""
+
+    def __init__(self, image_width: int, width: int, num_positions: int) -> None:
+        super().__init__()
+        self.norm_in, self.norm_out = LayerNorm(image_width), LayerNorm(width)
+        self.hidden, self.out = nn.Linear(image_width, image_width), nn.Linear(image_width, width)
+        self.positions = nn.Parameter(torch.zeros(num_positions, image_width)) if num_positions else None
+
+    def forward(self, image_BMI: Tensor) -> Tensor:
+        if self.positions is not None:
+            image_BMI = image_BMI + self.positions
+        return self.norm_out(self.out(gelu(self.hidden(self.norm_in(image_BMI)))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,22 +159,34 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of video tokens to text tokens."""
+    """Attention of video tokens to text tokens, and to the image tokens that come before them."""
 
-    def __init__(self, width: int, num_heads: int, eps: float) -> None:
+    def __init__(self, width: int, num_heads: int, eps: float, image_tokens: int = 0) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.image_tokens = num_heads, image_tokens
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
         self.query_norm, self.key_norm = RMSNorm(width, eps), RMSNorm(width, eps)
+        if image_tokens:
+            self.image_key, self.image_value = nn.Linear(width, width), nn.Linear(width, width)
+            self.image_key_norm = RMSNorm(width, eps)
 
     def forward(self, x_BFSD: Tensor, text_BND: Tensor, backend: str | None = None) -> Tensor:
         heads = (self.num_heads, -1)
+        query_BLHD = self.query_norm(self.query(x_BFSD)).flatten(1, 2).unflatten(-1, heads)
+        image_BMD, text_BND = text_BND[:, : self.image_tokens], text_BND[:, self.image_tokens :]
         attended_BLHD = attention(
-            self.query_norm(self.query(x_BFSD)).flatten(1, 2).unflatten(-1, heads),
+            query_BLHD,
             self.key_norm(self.key(text_BND)).unflatten(-1, heads),
             self.value(text_BND).unflatten(-1, heads),
             backend=backend,
         )
+        if self.image_tokens:
+            attended_BLHD = attended_BLHD + attention(
+                query_BLHD,
+                self.image_key_norm(self.image_key(image_BMD)).unflatten(-1, heads),
+                self.image_value(image_BMD).unflatten(-1, heads),
+                backend=backend,
+            )
         return self.out(attended_BLHD.flatten(2).view_as(x_BFSD))
 
 
@@ -155,13 +204,13 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and last modulated per frame."""
 
-    def __init__(self, width: int, num_heads: int, ffn_width: int, eps: float) -> None:
+    def __init__(self, width: int, num_heads: int, ffn_width: int, eps: float, image_tokens: int = 0) -> None:
         super().__init__()
         self.eps = eps
         self.modulation = nn.Parameter(torch.randn(6, width) / math.sqrt(width))
         self.self_attention = SelfAttention(width, num_heads, eps)
-        self.cross_norm = nn.LayerNorm(width, eps)
-        self.cross_attention = CrossAttention(width, num_heads, eps)
+        self.cross_norm = LayerNorm(width, eps)
+        self.cross_attention = CrossAttention(width, num_heads, eps, image_tokens)
         self.feed_forward = FeedForward(width, ffn_width)
 
     def forward(
@@ -175,12 +224,18 @@ class Block(nn.Module):
         attend: Attend | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """(the tokens after this layer, this layer's own keys and values)."""
-        modulation = (self.modulation + conditioning_BF6D).unsqueeze(3)  # [B, F, 6, 1, D]
+        dtype = self.dtype
+        modulation = (self.modulation + conditioning_BF6D.float()).unsqueeze(3)  # [B, F, 6, 1, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
         attended, own = self.self_attention(
             norm_modulate(x_BFSD, scale, shift, self.eps), positions, before, after, attend
         )
-        x_BFSD = x_BFSD + attended * gate
+        x_BFSD = (x_BFSD + attended * gate).to(dtype)
         x_BFSD = x_BFSD + self.cross_attention(self.cross_norm(x_BFSD), text_BND, positions.backend)
         fed = self.feed_forward(norm_modulate(x_BFSD, ffn_scale, ffn_shift, self.eps))
-        return x_BFSD + fed * ffn_gate, own
+        return (x_BFSD + fed * ffn_gate).to(dtype), own
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tokens."""
+        return self.feed_forward.up.bias.dtype

@@ -1,6 +1,7 @@
 """Modules to and from one safetensors file; the settings that rebuild them travel in its header."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 SETTINGS_KEY = "vidgen"
+
+
+@dataclass(frozen=True, slots=True)
+class PartWeights:
+    """A part of a file that `save_parts` wrote, as a model's weights; see weights.Weights."""
+
+    path: Path
+    part: str
+
+    def read(self, into: dict[str, Tensor]) -> int:
+        """Fill tensors by their names in the part; bytes read. ValueError as by `read_tensors`."""
+        return read_tensors(self.path, {f"{self.part}.{name}": tensor for name, tensor in into.items()})
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """ValueError in one line unless the part has exactly these tensors."""
+        with safe_open(self.path, "pt") as file:
+            prefix = f"{self.part}."
+            found = {
+                key.removeprefix(prefix): tuple(file.get_slice(key).get_shape())
+                for key in file.keys()  # noqa: SIM118
+                if key.startswith(prefix)
+            }
+        wrong = sorted(name for name in found.keys() | shapes if found.get(name) != shapes.get(name))
+        if wrong:
+            raise ValueError(f"{self.path}: does not fit its settings: {', '.join(wrong[:5])}")
 
 
 def save_parts(path: Path, parts: dict[str, nn.Module], settings: dict[str, Any], dtype: torch.dtype) -> None:
