@@ -6,17 +6,18 @@ In a render, blocks of frames stand a step apart; a window holds cleaner frames,
 import torch
 from torch import Tensor
 
-SHARED_SHARE = 0.5
-QUEUE_SHARE = 0.4  # the rest is independent per frame
+INDEPENDENT_SHARE = 0.1  # of the clips: a level of its own for every frame
 QUEUE_STEP_RANGE = (0.02, 0.15)
 BLOCK_FRAMES = (1, 2, 4)
 
 
-def draw_levels(num_clips: int, num_frames: int, shift: float, generator: torch.Generator) -> Tensor:
+def draw_levels(
+    num_clips: int, num_frames: int, shift: float, generator: torch.Generator, queue_share: float = 0.4
+) -> Tensor:
     """Noise levels [B, F] in [0, 1].
 
-    Of the clips, half share one level over all frames, most others rise block by block as a queue does, and
-    some are independent per frame.
+    Of the clips, `queue_share` rise block by block as a queue does, some are independent per frame, and the
+    others share one level over all frames.
     """
     uniform = torch.rand(num_clips, num_frames, generator=generator)
     kind = torch.rand(num_clips, 1, generator=generator)
@@ -31,7 +32,8 @@ def draw_levels(num_clips: int, num_frames: int, shift: float, generator: torch.
     centred = block - block.float().mean(dim=1, keepdim=True).round()
     queue = (shared + step * centred).clamp(0, 1)
 
+    shared_share = 1 - queue_share - INDEPENDENT_SHARE
     level = torch.where(
-        kind < SHARED_SHARE, shared, torch.where(kind < SHARED_SHARE + QUEUE_SHARE, queue, uniform)
+        kind < shared_share, shared, torch.where(kind < shared_share + queue_share, queue, uniform)
     )
     return shift * level / (1 + (shift - 1) * level)

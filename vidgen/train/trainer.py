@@ -51,6 +51,7 @@ class TrainConfig:
     average_decay: float = 0.999
     caption_dropout: float = 0.1
     level_shift: float = 6.0
+    queue_share: float = 0.4  # of the clips: noise rises block by block, as in a queue
     cut_share: float = 0.0  # of the clips: another scene begins or ends in them, as where a prompt changes
     pixel_weight: float = 0.0  # 0: all latent channels alike, 2: by their share of the pixels' energy
     compile: bool = True
@@ -201,7 +202,9 @@ class Trainer:
         clean = codec.encode(pixels.to(self.device))
         counts = self._cut(clean)
         noise = torch.randn(clean.shape, generator=self.generator).to(self.device)
-        levels = draw_levels(len(scenes), frames, config.level_shift, self.generator).to(self.device)
+        levels = draw_levels(
+            len(scenes), frames, config.level_shift, self.generator, config.queue_share
+        ).to(self.device)
         return clean, noise, levels, self.model.text.ids(captions).to(self.device), counts
 
     def _cut(self, clean_BCFYX: Tensor) -> Tensor:
