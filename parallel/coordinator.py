@@ -7,13 +7,16 @@ state follows the blocks that were finished before it.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
 
 from vidgen.denoise.loop import LoopState
 from vidgen.parallel.cluster import offered_ranks
 from vidgen.parallel.evidence import Evidence, SpanFile
 from vidgen.parallel.gang import Gang, GangConfig, GangFailed
-from vidgen.parallel.rank import Blueprint, blocks_before
-from vidgen.parallel.steps import Decode, Hooks, Step
+from vidgen.parallel.rank import Blueprint
+from vidgen.parallel.steps import Decode, Hooks, Step, blocks_before
 
 SETTLE_S = 5.0  # how long a cluster may take to notice what has been freed
 
@@ -26,7 +29,7 @@ class Coordinator:
     """Runs gangs. With `min_ranks` an attempt after a failure goes on with fewer, if there are no more."""
 
     def __init__(
-        self, config: GangConfig, blueprint: Blueprint, load_decode: Callable[[], Decode], *,
+        self, config: GangConfig, blueprint: Blueprint, load_decode: Callable[[Tensor | None], Decode], *,
         max_restarts: int, min_ranks: int | None = None, spans: SpanFile | None = None,
     ) -> None:  # fmt: skip
         self.config, self.blueprint, self.load_decode = config, blueprint, load_decode
@@ -40,8 +43,10 @@ class Coordinator:
             state = hooks.load_state()
             if state.next_tick >= self.blueprint.task.timetable.num_ticks:
                 return
+            warm_up = hooks.latents_before(blocks_before(self.blueprint.task.timetable, state.next_tick))
             try:
-                with Gang(self._config(attempt), self.blueprint, self.load_decode) as gang:
+                load = partial(self.load_decode, warm_up)
+                with Gang(self._config(attempt), self.blueprint, load) as gang:
                     gang.start(state)
                     assert gang.topology is not None
                     hooks.placed(gang.places())
@@ -62,7 +67,7 @@ class Coordinator:
     def _follow(self, gang: Gang, state: LoopState, hooks: Hooks, attempt: int) -> Iterator[Step]:
         """One gang's steps, in an order that is safe to commit."""
         task = self.blueprint.task
-        num_decoded = blocks_before(task, state.next_tick)
+        num_decoded = blocks_before(task.timetable, state.next_tick)
         waiting: list[LoopState] = []
         ticks_done = state.next_tick
         while True:
@@ -71,7 +76,9 @@ class Coordinator:
                 assert decoded.block == num_decoded, f"block {decoded.block} came instead of {num_decoded}"
                 num_decoded += 1
             waiting.extend(news.states)
-            safe = [saved for saved in waiting if blocks_before(task, saved.next_tick) <= num_decoded]
+            safe = [
+                saved for saved in waiting if blocks_before(task.timetable, saved.next_tick) <= num_decoded
+            ]
             waiting = waiting[len(safe) :]
             ticks_done = max(ticks_done, news.ticks_done)
             self.evidence.update(gang.stats(), gang.decoder_stats())
@@ -80,7 +87,7 @@ class Coordinator:
             yield Step(ticks_done, news.decoded, safe[-1] if safe else None)
             if (
                 news.ended_at is not None
-                and num_decoded == blocks_before(task, news.ended_at)
+                and num_decoded == blocks_before(task.timetable, news.ended_at)
                 and not waiting
             ):
                 return

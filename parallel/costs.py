@@ -32,16 +32,23 @@ def measure_costs(task: Task, device: torch.device) -> Costs:
     config = replace(task.model.config, num_layers=1)
     model = strip(config, Stage(0, 1, range(1))).to_empty(device=device)
     for tensor in model.state_dict().values():
-        tensor.normal_(std=0.02)
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, device=device) * 0.02)
     own, context = timetable.block(0).num_frames, timetable.context_frames
     recompute = timetable.mode == ContextMode.RECOMPUTE
     noise = task.noise(timetable.block(0)).to(device)
     frames = own + (context if recompute else 0)
     text = torch.zeros(task.run_texts(timetable.block(0))[0].shape, device=device)  # the task's is on meta
     latents = noise[:, :, :1].repeat(text.shape[0], 1, frames, 1, 1)
+    channels = task.given.channels(0, frames, latents)
+    if channels is not None:
+        latents = torch.cat([latents, channels.expand(text.shape[0], -1, -1, -1, -1)], dim=1)
+    image = task.given.image_BMI
+    if image is not None:
+        image = image.to(device).expand(text.shape[0], -1, -1)
     levels = torch.full((text.shape[0], frames), 0.5, device=device)
     grid = model.token_grid(latents.shape)
-    tokens, shared = model.embed(latents), model.condition(levels, text)
+    tokens, shared = model.embed(latents), model.condition(levels, text, image)
     _, lent = model.run_layers(tokens, shared, grid, Context())
 
     def part(frames: int) -> LayerKeyValues:

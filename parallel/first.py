@@ -69,7 +69,7 @@ class FirstStage(StageRun):
         state = state or LoopState()
         super().__init__(
             stage,
-            task.model,
+            task.models,
             task.timetable,
             shapes,
             task.runs_per_forward,
@@ -125,8 +125,9 @@ class FirstStage(StageRun):
 
     def _compute(self, item: Header, window: Window, text: Tensor) -> tuple[Tensor, ...]:
         latents, _ = window.repeated(text.shape[0])
-        shared = self.task.conditions.of(self.model, window.levels, text)
-        tokens = self.run_layers(item, self.model.embed(latents), shared, window.frames_before)
+        shared = self.task.conditioning(item.step, window.levels, text)
+        tokens = self.model_at(item).embed(latents)
+        tokens = self.run_layers(item, tokens, shared, window.frames_before)
         return tokens, shared.noise_BFD, shared.noise_BF6D, shared.text_BND
 
     def _take_what_it_reads(self, forward: Forward, watcher: Watcher) -> None:
@@ -150,12 +151,13 @@ class FirstStage(StageRun):
         own = started.own
         shapes = self.shapes.result(own.latents_BCFYX.shape[2])
         (out,) = self.links.incoming.layout.read(buffer, shapes)
-        window = started.window.own_frames(own.latents_BCFYX)
-        velocity = self.model.velocity(out, *window.repeated(started.batch))
+        window = started.window.own_frames()
+        velocity = self.model_at(item).velocity(out, *window.repeated(started.batch))
         started.velocities.extend(velocity.split(1))
         if len(started.velocities) < self.task.num_branches:
             return
-        block, velocity = started.forward.block, combine(started.velocities, self.task.guidance_scale)
+        block = started.forward.block
+        velocity = combine(started.velocities, self.task.guidance_at(started.forward.step))
         stepped = take_step(self.task, started.forward, own, velocity)
         self.blocks[block] = stepped
         if stepped.steps_done == self.timetable.num_steps:

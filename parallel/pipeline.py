@@ -51,9 +51,9 @@ class Shapes:
             rows=rows,
             columns=columns,
             width=task.model.config.width,
-            text_tokens=text.shape[1],
+            text_tokens=text.shape[1] + task.model.config.image_tokens,
             out_channels=task.model.out_channels,
-            dtype=task.model.head_modulation.dtype,
+            dtype=task.model.dtype,
         )
 
     def window(self, frames: int) -> tuple[tuple[int, ...], ...]:
@@ -120,7 +120,7 @@ class StageRun:
     def __init__(
         self,
         stage: Stage,
-        model: DiT,
+        models: tuple[DiT, ...],
         timetable: Timetable,
         shapes: Shapes,
         runs_per_forward: int,
@@ -132,12 +132,12 @@ class StageRun:
         state_every: int = 0,
         trace: bool = True,
     ) -> None:
-        self.stage, self.model, self.timetable, self.shapes = stage, model, timetable, shapes
+        self.stage, self.models, self.timetable, self.shapes = stage, models, timetable, shapes
         self.runs_per_forward, self.links = runs_per_forward, links
         lent = lent or Lent()
         self.lending, self.attending = Lending(lent), None
         if sparsity is not None:
-            num_layers = model.config.num_layers
+            num_layers = models[0].config.num_layers
             self.attending = Attending(sparsity, timetable, stage.layers, num_layers, lent)
         self.backend = backend  # of attention
         self.state_every, self.trace = state_every, trace
@@ -146,6 +146,10 @@ class StageRun:
 
     def grid(self, frames: int) -> Grid:
         return frames, self.shapes.rows, self.shapes.columns
+
+    def model_at(self, item: Header) -> DiT:
+        """This stage's part of the expert that takes the item's step."""
+        return self.models[self.timetable.expert(item.step)]
 
     def is_saved_after(self, tick: int) -> bool:
         """Whether a checkpoint is due at the end of this tick."""
@@ -158,7 +162,7 @@ class StageRun:
         grid, context = self.grid(tokens.shape[1]), self.lending.context(item.run)
         attends = self.attending and self.attending.attends(item.block, item.step, item.run, grid, context)
         with attention_backend(self.backend):
-            tokens, own = self.model.run_layers(tokens, conditioning, grid, context, attends)
+            tokens, own = self.model_at(item).run_layers(tokens, conditioning, grid, context, attends)
         self.lending.keep(own, frames_before)
         return tokens
 
@@ -252,7 +256,7 @@ class LaterStage(StageRun):
         tokens = self.run_layers(item, tokens, Conditioning(noise, noise6, text), before)
         if self.stage.is_last:
             own = self.grid(frames - before)
-            return (self.model.project(tokens[:, before:], noise[:, before:], own),)
+            return (self.model_at(item).project(tokens[:, before:], noise[:, before:], own),)
         return tokens, noise, noise6, text
 
     def _pass_on(self, header: Header) -> None:

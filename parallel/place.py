@@ -7,17 +7,16 @@ the checkpoint.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vidgen.model.dit import DiT, DiTConfig
-from vidgen.model.loading import read_tensors
+from vidgen.model.weights import Weights
 from vidgen.parallel.topology import Stage
 
 # what only an end of the row needs, by the names of DiT
-FIRST_ONLY = ("patch_in", "text_in", "noise_level", "noise_modulation", "variance")
+FIRST_ONLY = ("patch_in", "text_in", "image_in", "noise_level", "noise_modulation", "variance")
 LAST_ONLY = ("head_modulation", "patch_out")
 
 
@@ -30,8 +29,10 @@ class Placed:
     bytes_read: int
 
 
-def place(checkpoint: Path, part: str, config: DiTConfig, stage: Stage, device: torch.device) -> Placed:
-    """The stage's model in fp32 on the device, read from its part of a checkpoint.
+def place(
+    weights: Weights, config: DiTConfig, stage: Stage, device: torch.device, *, compile: bool = False
+) -> Placed:
+    """The stage's part of a model on the device.
 
     ValueError when the checkpoint lacks one of its tensors or has it in another shape.
     """
@@ -40,9 +41,11 @@ def place(checkpoint: Path, part: str, config: DiTConfig, stage: Stage, device: 
 
     def read(names: dict[str, Tensor]) -> None:
         nonlocal bytes_read
-        bytes_read += read_tensors(checkpoint, {f"{part}.{name}": into for name, into in names.items()})
+        bytes_read += weights.read(names)
 
     fill(model, stage, read)
+    if compile:
+        model.compile_layers()
     return Placed(model, sum(p.numel() for p in model.parameters()), bytes_read)
 
 

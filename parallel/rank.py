@@ -12,18 +12,20 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from vidgen.denoise.loop import FinishedBlock, LoopState, Task
+from vidgen.model.dit import DiT
+from vidgen.model.weights import Weights
 from vidgen.parallel.costs import Costs, measure_costs
 from vidgen.parallel.first import FirstStage, default_in_flight
 from vidgen.parallel.links import link_depth, open_links
 from vidgen.parallel.pipeline import LaterStage, Links, Shapes, StageRun, Stats
 from vidgen.parallel.place import Placed, place
+from vidgen.parallel.steps import blocks_before
 from vidgen.parallel.topology import Stage, Topology
 from vidgen.parallel.torch_links import connect, disconnect, listen
 from vidgen.parallel.transport import TransportError
@@ -33,16 +35,16 @@ Emit = Callable[[int, Tensor], None]  # (block, clean latents)
 
 @dataclass(frozen=True, kw_only=True)
 class Blueprint:
-    """What every rank of a render is told. The task's model lies on the meta device."""
+    """What every rank of a render is told. The task's models lie on the meta device."""
 
     task: Task
-    checkpoint: Path
-    part: str  # of the checkpoint that is the model
+    weights: tuple[Weights, ...]  # of each of the task's models
     threads: int
     state_every: int
     link_timeout_s: float
     queue_blocks: int  # finished blocks that may wait to be committed
     trace: bool = True
+    compile: bool = False
     device: str = "cpu"
     links: Literal["auto", "gloo"] = "auto"  # gloo: also where memory could be shared
 
@@ -89,7 +91,7 @@ class Rank:
         self._emit = emit
         self._door: socket.socket | None = None
         self._stage_run: StageRun | None = None
-        self._placed: Placed | None = None
+        self._placed: list[Placed] = []
         self._lock = threading.Lock()
         self._states: list[tuple[int, LoopState]] = []
         self._ended_at: int | None = None
@@ -185,15 +187,19 @@ class Rank:
         task = blueprint.task
         shapes = Shapes.of(task)
         self._doing = ("loading", time.monotonic())
-        self._placed = place(blueprint.checkpoint, blueprint.part, task.model.config, stage, device)
+        for model, weights in zip(task.models, blueprint.weights, strict=True):
+            self._placed.append(place(weights, model.config, stage, device, compile=blueprint.compile))
+        models: tuple[DiT, ...] = tuple(placed.model for placed in self._placed)
         self._doing = ("meeting the other ranks", time.monotonic())
         links = self._links(stage, shapes, meet_at, device)
         state = _to_device(state, device)
         options = {"state_every": blueprint.state_every, "trace": blueprint.trace}
-        self._committed_blocks = self._finished_blocks = blocks_before(task, state.next_tick)
+        self._committed_blocks = self._finished_blocks = blocks_before(task.timetable, state.next_tick)
         if stage.is_first:
+            second = models[1] if len(models) == 2 else None
             first = FirstStage(
-                stage, dataclasses.replace(task, model=self._placed.model), shapes, links, state=state,
+                stage, dataclasses.replace(task, model=models[0], second_model=second), shapes, links,
+                state=state,
                 keepalive_s=blueprint.link_timeout_s / 4,
                 max_in_flight=default_in_flight(
                     stage.num_stages, link_depth(shapes.layouts(task.timetable)[0])
@@ -203,7 +209,7 @@ class Rank:
             self._stage_run = first
             return first.run(self)
         later = LaterStage(
-            stage, self._placed.model, task.timetable, shapes, task.runs_per_forward, links,
+            stage, models, task.timetable, shapes, task.runs_per_forward, links,
             lent=state.lent, sparsity=task.sparsity, backend=task.attention_backend, **options,
         )  # fmt: skip
         self._stage_run = later
@@ -231,10 +237,12 @@ class Rank:
 
     def _stats(self, run: StageRun | None) -> dict[str, Any]:
         found: dict[str, Any] = {"peak_memory_bytes": peak_memory_bytes()}
-        if self._placed is not None:
-            found["num_parameters"] = self._placed.num_parameters
-            found["bytes_read"] = self._placed.bytes_read
-            found["weight_bytes"] = sum(p.numel() * p.element_size() for p in self._placed.model.parameters())
+        if self._placed:
+            found["num_parameters"] = sum(placed.num_parameters for placed in self._placed)
+            found["bytes_read"] = sum(placed.bytes_read for placed in self._placed)
+            found["weight_bytes"] = sum(
+                p.numel() * p.element_size() for placed in self._placed for p in placed.model.parameters()
+            )
         if torch.device(self.blueprint.device).type == "cuda":
             found["peak_device_bytes"] = torch.cuda.max_memory_allocated()
         if run is not None:
@@ -246,12 +254,6 @@ class Rank:
                 found["attention"] = self.blueprint.task.sparsity.tally.layers()
             found["link"] = type(run.links.outgoing).__name__.removesuffix("Outgoing").lower()
         return found
-
-
-def blocks_before(task: Task, tick: int) -> int:
-    """Blocks that are clean when this tick begins."""
-    timetable = task.timetable
-    return sum(timetable.last_tick(block) < tick for block in range(timetable.num_blocks))
 
 
 def peak_memory_bytes() -> int:

@@ -7,8 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from vidgen.denoise.loop import LoopState
+from vidgen.denoise.timetable import Timetable
 
-Decode = Callable[[Tensor], Any]  # clean latents of a block [1, C, F, Y, X] -> frames
+Decode = Callable[[Tensor], Any]  # clean latents of the next block [1, C, F, Y, X] -> frames
+
+
+def blocks_before(timetable: Timetable, tick: int) -> int:
+    """Blocks that are clean when this tick begins."""
+    return sum(timetable.last_tick(block) < tick for block in range(timetable.num_blocks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,7 @@ class Hooks:
     """What a render tells those who run its ticks."""
 
     load_state: Callable[[], LoopState]  # the last one saved
+    latents_before: Callable[[int], Tensor | None]  # a block: what a decoder needs to begin with it
     committed_blocks: Callable[[], int]
     should_stop: Callable[[], bool]
     note: Callable[[str], None]  # a line for people: a rank was lost, a new attempt begins

@@ -33,6 +33,7 @@ FACES = ("vidgen.cli", "vidgen.cli_*", "vidgen.__main__", "vidgen.serve")
 LAYERS = ("vidgen.types", "vidgen.kernels", "vidgen.model")
 MATH = (*LAYERS, "vidgen.conditioning", "vidgen.sparsity", "vidgen.stepcache")
 PARTS = (*LAYERS, "vidgen.codec", "vidgen.conditioning.text")  # of the built-in model
+FAMILY = (*MATH, "vidgen.codec", "vidgen.builtin", "vidgen.config", "vidgen.denoise")
 
 # The longest key that holds a module is its room.
 ROOMS: dict[str, Room] = {
@@ -40,8 +41,10 @@ ROOMS: dict[str, Room] = {
     "vidgen.types": Room(outside=frozenset({"torch"}), alone=True),
     "vidgen.kernels": Room(outside=BARE, lazy=ACCELERATED, alone=True),
     "vidgen.model": Room(engine=("vidgen.kernels", "vidgen.types"), outside=BARE, alone=True),
-    "vidgen.codec": Room(engine=LAYERS, outside=BARE, alone=True),
-    "vidgen.conditioning": Room(engine=LAYERS, outside=BARE),
+    "vidgen.codec": Room(engine=LAYERS, outside=BARE, lazy=frozenset({"diffusers"}), alone=True),
+    "vidgen.conditioning": Room(
+        engine=LAYERS, outside=BARE, lazy=frozenset({"transformers", "ftfy", "PIL"}), alone=True
+    ),
     "vidgen.builtin": Room(engine=PARTS, outside=BARE, alone=True),
     "vidgen.sparsity": Room(engine=("vidgen.kernels",), outside=BARE, alone=True),
     "vidgen.sparsity.settings": Room(outside=frozenset(), alone=True),
@@ -62,6 +65,13 @@ ROOMS: dict[str, Room] = {
     "vidgen.config": Room(
         engine=("vidgen.types", "vidgen.conditioning", "vidgen.denoise.timetable", "vidgen.sparsity.settings")
     ),
+    "vidgen.families": Room(engine=FAMILY),
+    "vidgen.pictures": Room(engine=("vidgen.config", "vidgen.families.family", "vidgen.media")),
+    "vidgen.planning": Room(
+        engine=(*FAMILY, "vidgen.families", "vidgen.limits", "vidgen.pictures"), but_not=("vidgen.media",)
+    ),
+    "vidgen.video": Room(engine=("vidgen.denoise",)),
+    "vidgen.inspection": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.journal": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config", "vidgen.media")),
     "vidgen.limits": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config")),
     "vidgen.parallel": Room(engine=(*MATH, "vidgen.denoise"), outside=BARE, alone=True),
@@ -72,7 +82,7 @@ ROOMS: dict[str, Room] = {
     "vidgen.execute": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.render": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.engine": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
-    "vidgen.places": Room(engine=("vidgen.engine", "vidgen.limits")),
+    "vidgen.places": Room(engine=("vidgen.planning", "vidgen.limits")),
     "vidgen.products": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.doctor": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.bench": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),

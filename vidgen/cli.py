@@ -27,8 +27,8 @@ app = typer.Typer(
 app.command()(cli_render.render)
 app.command()(cli_render.resume)
 app.command()(cli_inspect.doctor)
-app.command()(cli_inspect.models)
 app.command()(cli_train.train)
+app.add_typer(cli_inspect.models, name="models")
 app.add_typer(cli_train.measure, name="measure")
 app.add_typer(cli_bench.bench, name="bench")
 

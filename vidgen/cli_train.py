@@ -10,6 +10,7 @@ import typer
 from vidgen.cli_exit import OK, write_line
 
 if TYPE_CHECKING:
+    from vidgen.builtin import SmallModel
     from vidgen.train.trainer import TrainConfig
 
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
@@ -80,10 +81,9 @@ def adherence(
     as_json: Json = False,
 ) -> int:
     """Say how often a model's videos show what their prompts ask for."""
-    from vidgen.engine import Engine
     from vidgen.measure.report import measure_adherence
 
-    found = measure_adherence(Engine.from_pretrained(model).model, num_prompts=prompts, seed=seed)
+    found = measure_adherence(_small(model), num_prompts=prompts, seed=seed)
     return _tell(found, as_json)
 
 
@@ -96,12 +96,20 @@ def long(
     as_json: Json = False,
 ) -> int:
     """Say how often stretches of long videos show what was asked for, and whether they drift."""
-    from vidgen.engine import Engine
     from vidgen.measure.report import measure_long
 
-    loaded = Engine.from_pretrained(model).model
-    found = measure_long(loaded, num_prompts=prompts, num_frames=num_frames, seed=seed)
+    found = measure_long(_small(model), num_prompts=prompts, num_frames=num_frames, seed=seed)
     return _tell(found, as_json)
+
+
+def _small(model: str) -> "SmallModel":
+    """The model of that name or file. ValueError when it is of another family than the built-in one."""
+    from vidgen.builtin import BUILTIN_PATH, load_small
+
+    path = BUILTIN_PATH if model == "builtin" else Path(model)
+    if not path.is_file():
+        raise ValueError(f"model={model}: only models of the built-in one's family are measured; give a file")
+    return load_small(path)
 
 
 def _tell(found: dict[str, Any], as_json: bool) -> int:

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,7 +26,6 @@ from pydantic import (
 from vidgen.sparsity.settings import SparsitySettings
 from vidgen.types import ContextMode, GuidanceMode, NoiseKind, Recommended, Segment
 
-DEFAULT_NUM_FRAMES = 65
 MAX_COUNT = 10**15  # far past any machine; keeps estimates within what a float can hold
 MAX_RANKS = 4096
 MAX_SHOWN_CHARACTERS = 100
@@ -66,8 +66,9 @@ class SegmentConfig(_Strict):
 class QueueConfig(_Strict):
     """How the video is cut into blocks and how they stream. Frames here are latent frames."""
 
-    timetable: Literal["dualparal", "full"] = "dualparal"
-    """`full` denoises all frames at once, as a plain pipeline does."""
+    timetable: Literal["dualparal", "full"] | None = None
+    """`full` denoises all frames at once, as a plain pipeline does; by default up to the length that the
+    model was trained for, and `dualparal` for longer videos."""
     block_frames: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     context_frames: int | None = Field(default=None, ge=0)
     stride: int = Field(default=1, ge=1)
@@ -90,6 +91,53 @@ class AttentionConfig(_Strict):
     on the machine. By default VIDGEN_ATTENTION_BACKEND, else always the same one for a device."""
     sparsity: SparsitySettings = SparsitySettings()
     """An approximation, off by default: see vidgen/sparsity/settings.py."""
+
+
+class LoraConfig(_Strict):
+    """A LoRA that is merged into the weights as they are read."""
+
+    path: Place
+    scale: float = Field(default=1.0, ge=-10, le=10, allow_inf_nan=False)
+    expert: Literal["both", "first", "second"] = "both"
+    """Of a model with two: `first` takes the noisier steps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        """FILE:SCALE, or FILE, is the same as a mapping."""
+        if not isinstance(value, str | Path):
+            return value
+        path, _, scale = str(value).rpartition(":")
+        is_scaled = bool(path) and bool(re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+", scale))
+        return {"path": path, "scale": scale} if is_scaled else {"path": str(value)}
+
+
+class OffloadConfig(_Strict):
+    """What stays off the GPU. It decides the last bits, like the device."""
+
+    encoders: bool = False
+    """Run the text and image encoders on the CPU."""
+    codec: bool = False
+    """Run the codec on the CPU."""
+
+
+class InputConfig(_Strict):
+    """Pictures that the video begins with."""
+
+    image: Place | None = None
+    """The first frame."""
+    last_image: Place | None = None
+    """The last frame, for models that were trained for one."""
+    video: Place | None = None
+    """A clip to go on from: its last frames are the video's first."""
+    video_frames: int = Field(default=5, ge=1, le=MAX_COUNT)
+    """How many of them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.image is not None and self.video is not None:
+            raise ValueError("both image and video are given: give one of them")
+        return self
 
 
 class OutputConfig(_Strict):
@@ -152,17 +200,31 @@ class JobConfig(_Strict):
 
     prompt: Text | None = None
     segments: tuple[SegmentConfig, ...] = ()
-    negative_prompt: Text = ""
+    negative_prompt: Text | None = None
+    """What to steer away from; by default the model's own."""
     num_frames: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     height: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     width: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     fps: int | None = Field(default=None, ge=1, le=240)
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
     guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    guidance_scale_2: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    """Of the second expert, for models that have two; by default the model's, else the same."""
     shift: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
+    solver: Literal["euler", "unipc", "dpm++"] | None = None
+    """By default the checkpoint's own."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     model: Text = "builtin"
-    """`builtin` or the path of a checkpoint."""
+    """`builtin` or the path of a checkpoint: a file of vidgen's own, or a folder of Wan's or diffusers'."""
+    dtype: Literal["fp32", "bf16", "fp16", "fp8"] | None = None
+    """Of the model's weights; by default the model's recommended one."""
+    compile: bool = False
+    """Compile the model's layers: faster steps after a slower start; last bits differ."""
+    loras: tuple[LoraConfig, ...] = ()
+    tile: int | None = Field(default=None, ge=32, le=8192)
+    """Decode in squares of so many pixels, blended where they meet: less memory, about the same frames."""
+    offload: OffloadConfig = OffloadConfig()
+    input: InputConfig = InputConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; `auto` takes a GPU where there is one. It decides the last bits, like threads."""
     threads: int | None = Field(default=None, ge=1, le=1024)
@@ -180,7 +242,8 @@ class JobConfig(_Strict):
             raise ValueError("both prompt and segments are given: give one of them")
         segments = tuple(Segment(prompt=s.prompt, num_frames=s.num_frames) for s in self.segments)
         if self.prompt is not None:
-            segments = (Segment(prompt=self.prompt, num_frames=self.num_frames or DEFAULT_NUM_FRAMES),)
+            default = Recommended().num_frames
+            segments = (Segment(prompt=self.prompt, num_frames=self.num_frames or default),)
         if not segments:
             raise ValueError(
                 'no prompt: give one, for example "a red circle moving left over a gray background"'
@@ -193,6 +256,8 @@ class JobConfig(_Strict):
 
 def resolve(config: JobConfig, recommended: Recommended) -> JobConfig:
     """The same job with every value filled in."""
+    if config.num_frames is None and not config.segments:
+        config = config.model_copy(update={"num_frames": recommended.num_frames})
     segments = config.timeline()
     queue = config.queue
     block_frames = queue.block_frames or recommended.block_frames
@@ -206,10 +271,15 @@ def resolve(config: JobConfig, recommended: Recommended) -> JobConfig:
         "fps": recommended.fps,
         "num_inference_steps": recommended.num_inference_steps,
         "guidance_scale": recommended.guidance_scale,
+        "guidance_scale_2": recommended.guidance_scale_2 if config.guidance_scale is None else None,
+        "negative_prompt": recommended.negative_prompt,
+        "dtype": recommended.dtype,
         "shift": recommended.shift,
-        "threads": recommended.threads,
+        "threads": recommended.threads or os.cpu_count() or 1,
     }
     missing = {name: value for name, value in filled.items() if getattr(config, name) is None}
+    num_frames = missing.get("num_frames", config.num_frames)
+    is_whole = num_frames <= recommended.whole_frames and len(segments) == 1
     backend = config.attention.backend or os.environ.get(BACKEND_VARIABLE) or None
     return config.model_copy(
         update={
@@ -217,6 +287,7 @@ def resolve(config: JobConfig, recommended: Recommended) -> JobConfig:
             "attention": config.attention.model_copy(update={"backend": backend}),
             "queue": queue.model_copy(
                 update={
+                    "timetable": queue.timetable or ("full" if is_whole else "dualparal"),
                     "block_frames": block_frames,
                     "context_frames": context,
                     # a checkpoint's settings come from JSON, which knows words and no enums
@@ -271,12 +342,26 @@ def dump_job(config: JobConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+NEWER_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "attention": (AttentionConfig(),),
+    "dtype": (None, "fp32"),
+    "solver": (None,),
+    "compile": (False,),
+    "tile": (None,),
+    "loras": ((),),
+    "input": (InputConfig(),),
+    "guidance_scale_2": (None,),
+}
+
+
 def frames_digest(config: JobConfig) -> str:
     """SHA-256 of all settings that decide a frame or its encoding; the others may change between runs."""
-    values = config.model_dump(mode="json", exclude={"parallel", "state_every", "device"})
+    values = config.model_dump(mode="json", exclude={"parallel", "state_every", "device", "offload"})
     values["output"] = {name: values["output"][name] for name in ("upscale", "crf")}
-    if config.attention == AttentionConfig():
-        del values["attention"]  # jobs begun before there was such a section go on
+    # jobs begun before there were these settings go on
+    for name, default in NEWER_SETTINGS.items():
+        if getattr(config, name) in default:
+            del values[name]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -305,7 +390,8 @@ def _keys(path: tuple[str | int, ...]) -> list[str]:
         return list(SparsitySettings.__dataclass_fields__)
     rooms: dict[str | int, type[BaseModel]] = {
         "queue": QueueConfig, "parallel": ParallelConfig, "output": OutputConfig, "segments": SegmentConfig,
-        "attention": AttentionConfig,
+        "attention": AttentionConfig, "loras": LoraConfig, "input": InputConfig,
+        "offload": OffloadConfig,
     }  # fmt: skip
     model = rooms[path[0]] if path else JobConfig
     return list(model.model_fields)

@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,11 +11,12 @@ import torch
 
 from vidgen.config import JobConfig, ParallelConfig
 from vidgen.denoise.loop import run_tick
-from vidgen.engine import Engine, Plan, load_decode
+from vidgen.engine import Engine
 from vidgen.kernels.attention.api import AUTO, check_name, choose
 from vidgen.kernels.attention.backends import BY_NAME_ONLY, Need, Request
-from vidgen.parallel.steps import Decoded, Hooks, Step
+from vidgen.parallel.steps import Decoded, Hooks, Step, blocks_before
 from vidgen.parallel.topology import by_hand, check_num_ranks
+from vidgen.planning import Plan
 
 Device = Literal["cpu", "cuda"]
 
@@ -48,15 +48,15 @@ class InOneProcess:
     def steps(self, hooks: Hooks) -> Iterator[Step]:
         """See Executor.steps."""
         task = self.plan.task
-        if task.device.type == "meta":
-            self.engine.load_dit(self.device)
+        self.engine.load_dit(self.device, compile=self.plan.job.compile)
         state = hooks.load_state()
+        decode = self.engine.decoder(hooks.latents_before(blocks_before(task.timetable, state.next_tick)))
         while state.next_tick < task.timetable.num_ticks:
             decoded = [
                 Decoded(
                     block=finished.block.index,
                     latents=finished.latents_BCFYX.cpu(),
-                    frames=self.engine.decode(finished.latents_BCFYX),
+                    frames=decode(finished.latents_BCFYX),
                 )
                 for finished in run_tick(task, state)
             ]
@@ -102,8 +102,8 @@ class OnRanks:
         job = self.plan.job
         blueprint = Blueprint(
             task=self.plan.task,
-            checkpoint=self.engine.checkpoint.absolute(),
-            part="dit",
+            weights=self.engine.family.weights()[: len(self.plan.task.models)],
+            compile=job.compile,
             threads=job.threads or 1,
             state_every=job.state_every,
             link_timeout_s=job.parallel.link_timeout_s,
@@ -115,7 +115,7 @@ class OnRanks:
         self._coordinator = Coordinator(
             self.config,
             blueprint,
-            partial(load_decode, self.engine.checkpoint.absolute()),
+            self.engine.family.load_decode(),
             max_restarts=job.parallel.max_restarts,
             min_ranks=job.parallel.min_ranks,
             spans=SpanFile(self.folder / "trace.jsonl") if job.parallel.trace else None,
@@ -169,7 +169,7 @@ def executor(engine: Engine, plan: Plan, folder: Path) -> Iterator[Executor]:
     """Who runs the plan; Ray is connected within, if it takes more than one rank. ValueError in one line."""
     from vidgen.parallel.cluster import connected, has_gpus, local_ranks, offered_ranks, wanted_address
 
-    parallel, dit = plan.job.parallel, engine.model.dit.config
+    parallel, dit = plan.job.parallel, engine.config
     num_layers, head_dim = dit.num_layers, dit.width // dit.num_heads
     address, ranks = wanted_address(parallel.address), parallel.ranks
     if ranks == "auto" and address is None:

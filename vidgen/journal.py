@@ -3,6 +3,7 @@
 JOB/  job.yaml            the resolved job
       journal.sqlite      which blocks are finished, which state is the newest; a row is the commit
       latents/000000.safetensors   clean latents of every finished block
+      inputs.safetensors  encoded texts and pictures
       state/TICK.safetensors       everything the next tick needs (the newest two)
       segments/ live.mp4           the sink's (vidgen/media/sink.py)
 A file is written beside its place, synced and renamed before the row that names it.
@@ -23,6 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vidgen.config import JobConfig, dump_job, frames_digest, parse_job, read_yaml
+from vidgen.denoise.given import Given, Inputs
 from vidgen.denoise.lending import BranchKeyValues
 from vidgen.denoise.loop import BlockState, LoopState
 from vidgen.media.blocks import WrittenBlock
@@ -90,6 +92,36 @@ class Journal:
     ) -> None:
         self._db.close()
         self._lock.close()
+
+    def save_inputs(self, inputs: Inputs) -> None:
+        """Keep what texts and pictures became: their files may change, their encoders take long."""
+        given = inputs.given
+        parts = {"pinned": given.pinned_CFYX, "channels": given.channels_CFYX, "image": given.image_BMI}
+        tensors = {f"given/{name}": tensor for name, tensor in parts.items() if tensor is not None}
+        tensors |= {f"text/{index}": text for index, text in enumerate(inputs.texts.values())}
+        header = {"texts": json.dumps(list(inputs.texts))}
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header)
+        write_atomically(self._inputs_file, data)
+
+    def load_inputs(self) -> Inputs | None:
+        """What `save_inputs` kept; None for a job that has none."""
+        if not self._inputs_file.exists():
+            return None
+        with safe_open(self._inputs_file, "pt") as file:
+            texts = json.loads(file.metadata()["texts"])
+        tensors = _aligned(self._inputs_file.read_bytes())
+        return Inputs(
+            texts={text: tensors[f"text/{index}"] for index, text in enumerate(texts)},
+            given=Given(
+                pinned_CFYX=tensors.get("given/pinned"),
+                channels_CFYX=tensors.get("given/channels"),
+                image_BMI=tensors.get("given/image"),
+            ),
+        )
+
+    @property
+    def _inputs_file(self) -> Path:
+        return self.folder / "inputs.safetensors"
 
     def written(self) -> list[WrittenBlock]:
         """The finished blocks, in order."""

@@ -17,7 +17,7 @@ VIDEO_BYTES_PER_PIXEL = 0.15  # H.264 at crf 16 of busy pictures, segments and t
 
 
 def memory_bytes(
-    job: JobConfig, dit: DiTConfig, timetable: Timetable, strides: tuple[int, int], num_parameters: int
+    job: JobConfig, dit: DiTConfig, timetable: Timetable, strides: tuple[int, int], weight_bytes: int
 ) -> int:
     """Peak bytes of a single-process render, from shapes alone; about right, rather over than under.
 
@@ -42,8 +42,8 @@ def memory_bytes(
         lent += live * branches * dit.num_layers * frames * tokens * (dit.width + 2 * dit.num_heads)
     latents = (live + 3) * own * dit.latent_channels * rows * columns
     pixels = own * strides[0] * job.height * job.width * 3
-    floats = num_parameters + hidden + lent + latents + pixels * PIXEL_COPIES
-    return FLOAT_BYTES * floats + 2 * pixels * job.output.upscale**2
+    floats = hidden + lent + latents + pixels * PIXEL_COPIES
+    return weight_bytes + FLOAT_BYTES * floats + 2 * pixels * job.output.upscale**2
 
 
 def disk_bytes(job: JobConfig, latent_channels: int, strides: tuple[int, int]) -> int:

@@ -3,8 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from vidgen.engine import Plan
 from vidgen.limits import disk_bytes, free_disk_bytes, readable
+from vidgen.planning import Plan
 
 
 def check_places(plan: Plan, folder: Path, overwrite: bool) -> None:

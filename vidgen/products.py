@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 
 from vidgen import __version__
 from vidgen.config import JobConfig
-from vidgen.denoise.loop import FinishedBlock
-from vidgen.engine import Engine, Plan
+from vidgen.engine import Engine
 from vidgen.journal import Journal
+from vidgen.media.reading import open_output
 from vidgen.media.segments import replacing
-from vidgen.media.sheet import save_sheet
+from vidgen.media.sheet import save_sheet_of
+from vidgen.planning import Plan
 
 
 def metadata(engine: Engine, job: JobConfig) -> str:
@@ -28,18 +29,15 @@ def join_latents(journal: Journal, target: Path) -> None:
         save_file({"latents": torch.cat(latents, dim=2)}, temporary)
 
 
-def make_sheet(engine: Engine, plan: Plan, journal: Journal) -> Path | None:
+def make_sheet(plan: Plan) -> Path | None:
     """The contact sheet beside the output, each tile over its prompt."""
     job = plan.job
     target = job.output.sheet_path
     if target is None:
         return None
-    assert job.num_frames
+    assert job.num_frames and job.fps
     segments = plan.timeline.segments
     labels = [segment.prompt for segment in segments for _ in range(segment.num_frames)][: job.num_frames]
     labels += [segments[-1].prompt] * (job.num_frames - len(labels))
-    blocks = (
-        engine.frames(FinishedBlock(plan.task.timetable.block(r.block), journal.load_latents(r.block)), plan)
-        for r in journal.written()
-    )
-    return save_sheet(blocks, job.num_frames, target, labels=labels)
+    with open_output(job.output.path, job.fps, job.num_frames) as frames:
+        return save_sheet_of(frames, target, labels=labels)

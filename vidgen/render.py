@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from vidgen.config import JobConfig, override_parallel
-from vidgen.engine import Engine, Plan
+from vidgen.engine import Engine
 from vidgen.execute import Executor, check_parallel, executor
 from vidgen.journal import Journal, hold
 from vidgen.media.blocks import WrittenBlock
@@ -23,6 +24,7 @@ from vidgen.media.segments import write_atomically
 from vidgen.media.sink import Sink, open_sink, upscale
 from vidgen.parallel.steps import Decoded, Hooks, Step
 from vidgen.places import check_places, first_missing
+from vidgen.planning import Plan
 from vidgen.products import join_latents, make_sheet, metadata
 from vidgen.types import Progress
 
@@ -63,8 +65,8 @@ def render(
     after a tick, and when true the job is left resumable and Interrupted raised.
     """
     folder = folder or config.output.path.with_suffix(".job")
-    engine = Engine.from_pretrained(config.model, with_dit=False)
-    check_parallel(config.parallel, engine.model.dit.config.num_layers)
+    engine = _engine(config)
+    check_parallel(config.parallel, engine.config.num_layers)
     plan = engine.plan(config)
     check_places(plan, folder, overwrite)
     with executor(engine, plan, folder) as ticks:
@@ -80,6 +82,7 @@ def render(
             ) from error
         with journal, _torch_threads(plan):
             journal.note("model_sha256", engine.sha256())
+            journal.save_inputs(plan.inputs)
             try:
                 run = _Run(engine, plan, journal, ticks)
             except (ValueError, OSError):
@@ -104,13 +107,20 @@ def resume(
     """
     with Journal(folder) as journal:
         job = override_parallel(journal.job, parallel or {})
-        engine = Engine.from_pretrained(job.model, with_dit=False)
-        check_parallel(job.parallel, engine.model.dit.config.num_layers)
+        engine = _engine(job)
+        check_parallel(job.parallel, engine.config.num_layers)
         if journal.fact("model_sha256") not in (None, engine.sha256()):
             raise ValueError(f"{folder}: model={job.model} has changed since; start the job anew")
-        plan = engine.plan(job)
+        plan = engine.plan(job, journal.load_inputs())
         with executor(engine, plan, folder) as ticks, _torch_threads(plan):
             return _Run(engine, plan, journal, ticks).to_the_end(report, note, should_stop)
+
+
+def _engine(job: JobConfig) -> Engine:
+    """The job's model, without its DiT's weights."""
+    return Engine.from_pretrained(
+        job.model, dtype=job.dtype, loras=job.loras, tile=job.tile, offload=job.offload, with_dit=False
+    )
 
 
 class _Run:
@@ -130,9 +140,10 @@ class _Run:
             if not records:
                 raise
             self.sink = self._open_sink([])
+            decode = self.engine.decoder()
             for record in records:  # a damaged file: make all again from the latents
                 latents = journal.load_latents(record.block)
-                self._commit(Decoded(block=record.block, latents=latents, frames=self.engine.decode(latents)))
+                self._commit(Decoded(block=record.block, latents=latents, frames=decode(latents)))
         self.first_tick = self.ticks_done = journal.load_state().next_tick
 
     def to_the_end(
@@ -152,6 +163,7 @@ class _Run:
         report(self._progress())
         hooks = Hooks(
             load_state=self.journal.load_state,
+            latents_before=self._latents_before,
             committed_blocks=lambda: self.num_committed,
             should_stop=should_stop,
             note=log,
@@ -166,6 +178,15 @@ class _Run:
         if self.ticks_done < self.plan.task.timetable.num_ticks:
             raise Interrupted(str(self.journal.folder))
         return self._finish()
+
+    def _latents_before(self, block: int) -> Tensor | None:
+        """As many latents before a block as a decoder needs to go on with it exactly; None for none."""
+        found: list[Tensor] = []
+        needed = self.engine.family.codec().warm_up_frames if block else 0
+        while block > 0 and sum(latents.shape[2] for latents in found) < needed:
+            block -= 1
+            found.insert(0, self.journal.load_latents(block))
+        return torch.cat(found, dim=2) if found else None
 
     def _compare_device(self) -> None:
         """Remember the device of a new job; say so when a job goes on on another one."""
@@ -216,7 +237,7 @@ class _Run:
         latents = job.output.save_latents
         if latents:
             self._with_room(lambda: join_latents(self.journal, latents))
-        sheet = self._with_room(lambda: make_sheet(self.engine, self.plan, self.journal))
+        sheet = self._with_room(lambda: make_sheet(self.plan))
         self._with_room(lambda: self.journal.note("finished", True))
         return Rendered(
             output=output,
@@ -268,7 +289,9 @@ class _Run:
             num_ticks=timetable.num_ticks,
             blocks_done=self.num_committed,
             num_blocks=timetable.num_blocks,
-            frames_done=min(self.num_committed * timetable.block_frames * self.plan.strides[0], num_frames),
+            frames_done=min(
+                self.plan.sizes.num_pixel_frames(self.num_committed * timetable.block_frames), num_frames
+            ),
             num_frames=num_frames,
             seconds=time.monotonic() - self.started,
             ticks_this_run=self.ticks_done - self.first_tick,

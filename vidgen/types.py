@@ -41,14 +41,19 @@ class Recommended:
     height: int = 32
     width: int = 32
     fps: int = 16
+    num_frames: int = 65
     num_inference_steps: int = 20
     guidance_scale: float = 3.0
+    guidance_scale_2: float | None = None  # of the second expert
+    negative_prompt: str = ""
     shift: float = 4.0
+    whole_frames: int = 0  # up to so many pixel frames are denoised at once, as the model was trained
+    dtype: str = "fp32"
     block_frames: int = 4  # latent frames
     context_frames: int = 2  # latent frames per side
     context_mode: ContextMode = ContextMode.RECOMPUTE
     noise: NoiseKind = NoiseKind.POOL
-    threads: int = 1  # of a CPU: a small model is fastest on one
+    threads: int = 1  # of a CPU: a small model is fastest on one; 0: all there are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -159,7 +159,7 @@ CASES = (
     Case("unknown command", ("rendr", RED), ("rendr", "--help")),
     # the model
     of_flag("unknown model", "--model", "sora", says=("model=sora", "vidgen models")),
-    of_flag("a folder as model", "--model", ".", says=("model=.", "vidgen models")),
+    of_flag("a folder as model", "--model", ".", says=("model=.", "no checkpoint of Wan here", "model_index.json")),
     Case(
         "a model that is no safetensors",
         ("render", RED, "--ckpt_dir", "m.safetensors"),
@@ -281,7 +281,7 @@ def test_a_full_disk_is_found_before_the_start(run: Run, refused: Refused, monke
 
 
 def test_little_memory_is_found_before_the_start(run: Run, refused: Refused, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("vidgen.engine.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("vidgen.planning.available_memory_bytes", lambda: 1000)
     line = refused("render", RED)
     assert "32x32" in line and "1000 B are free" in line
 

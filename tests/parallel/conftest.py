@@ -85,6 +85,10 @@ def cut(model: DiT, stage: Stage) -> DiT:
     return part
 
 
+def _with_models(task: Task, models: tuple[DiT, ...]) -> Task:
+    return replace(task, model=models[0], second_model=models[1] if len(models) > 1 else None)
+
+
 def run_pipeline(
     task: Task,
     layers_per_stage: tuple[int, ...],
@@ -106,12 +110,12 @@ def run_pipeline(
     stages: list[StageRun] = []
     saved: list[dict[int, Lent]] = [{} for _ in range(num_stages)]
     for stage in topology.stages():
-        model = cut(task.model, stage)
+        models = tuple(cut(model, stage) for model in task.models)
         ends = Links(links[stage.index - 1], links[stage.index])
         if stage.is_first:
             stages.append(
                 FirstStage(
-                    stage, replace(task, model=model), shapes, ends, max_in_flight=in_flight,
+                    stage, _with_models(task, models), shapes, ends, max_in_flight=in_flight,
                     state_every=state_every,
                     state=LoopState(state.next_tick, state.blocks, state.lent.layers(stage.layers)),
                 )
@@ -119,7 +123,7 @@ def run_pipeline(
         else:
             stages.append(
                 LaterStage(
-                    stage, model, task.timetable, shapes, task.runs_per_forward, ends,
+                    stage, models, task.timetable, shapes, task.runs_per_forward, ends,
                     lent=state.lent.layers(stage.layers), state_every=state_every, sparsity=task.sparsity,
                     backend=task.attention_backend,
                 )

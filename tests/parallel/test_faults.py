@@ -145,7 +145,7 @@ def test_an_exception_on_a_rank_is_named_and_survived(
     cloudpickle.register_pickle_by_value(sys.modules[FailsOnce.__module__])
     plain = Engine.plan
 
-    def plan(self: Engine, job: Any) -> Any:
+    def plan(self: Engine, job: Any, inputs: Any = None) -> Any:
         made = plain(self, job)
         noise = FailsOnce(made.task.noise, 5, tmp_path / "marker")
         return dataclasses.replace(made, task=dataclasses.replace(made.task, noise=noise))

@@ -74,11 +74,11 @@ def listen(
         return run(latents)
 
     def condition(
-        run: Callable[..., Any], own: Any, model: DiT, levels: tuple[float, ...], text: Tensor
+        run: Callable[..., Any], own: Any, model: DiT, levels: tuple[float, ...], text: Tensor, image: Any
     ) -> Any:
         recording.inputs[now[0], "window levels"] = torch.tensor([levels])
         recording.inputs[now[0], "window text"] = copied(text)
-        return run(own, model, levels, text)
+        return run(own, model, levels, text, image)
 
     def layer(
         run: Callable[..., Any], index: int, tokens: Tensor, noise: Tensor, text: Tensor, positions: Any,
@@ -162,7 +162,7 @@ def record_pipeline(
 
             disturb(stage)
             patch.setattr(stage, "work", partial(work, stage.work))
-            listen(stage.model, stage.stage.layers, now, recording, patch)
+            listen(stage.models[0], stage.stage.layers, now, recording, patch)
 
         patch.setattr(first, "take_step", partial(take_step, first.take_step))
         finished: list[FinishedBlock] = pipeline(task, cut, hook=hook, **options).watched.blocks

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from vidgen.builtin import BUILTIN_PATH, load_small
 from vidgen.model import loading
 from vidgen.model.dit import DiT, DiTConfig
-from vidgen.model.loading import save_parts
+from vidgen.model.loading import PartWeights, save_parts
 from vidgen.parallel.place import place, strip
 from vidgen.parallel.topology import Stage, Topology
 
@@ -71,7 +71,7 @@ def bytes_in_file(path: Path, keys: Iterable[str]) -> int:
 def test_a_stage_has_its_layers_and_its_end_of_the_model_by_name(cut: Any, whole: DiT):
     names = whole.state_dict().keys()
     for stage in Topology(cut).stages():
-        placed = place(BUILTIN_PATH, "dit", whole.config, stage, CPU)
+        placed = place(PartWeights(BUILTIN_PATH, "dit"), whole.config, stage, CPU)
         expected = own_names(names, stage)
         assert placed.model.state_dict().keys() == expected.keys()
         parameters = {own for own, name in expected.items() if name in dict(whole.named_parameters())}
@@ -82,7 +82,7 @@ def test_a_stage_has_its_layers_and_its_end_of_the_model_by_name(cut: Any, whole
 def test_the_stages_values_are_the_whole_models_bit_for_bit(cut: Any, whole: DiT):
     tensors = whole.state_dict()
     for stage in Topology(cut).stages():
-        found = place(BUILTIN_PATH, "dit", whole.config, stage, CPU).model.state_dict()
+        found = place(PartWeights(BUILTIN_PATH, "dit"), whole.config, stage, CPU).model.state_dict()
         for own, name in own_names(tensors, stage).items():
             assert found[own].dtype == tensors[name].dtype == torch.float32
             assert torch.equal(found[own], tensors[name]), f"stage {stage.index}: {own} is not {name}"
@@ -91,7 +91,7 @@ def test_the_stages_values_are_the_whole_models_bit_for_bit(cut: Any, whole: DiT
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_the_stages_parameters_and_bytes_add_up_to_the_whole_models(cut: Any, whole: DiT):
     stages = Topology(cut).stages()
-    placed = [place(BUILTIN_PATH, "dit", whole.config, stage, CPU) for stage in stages]
+    placed = [place(PartWeights(BUILTIN_PATH, "dit"), whole.config, stage, CPU) for stage in stages]
     assert sum(part.num_parameters for part in placed) == sum(p.numel() for p in whole.parameters())
     names = list(whole.state_dict())
     assert sum(part.bytes_read for part in placed) == bytes_in_file(BUILTIN_PATH, [f"dit.{n}" for n in names])
@@ -130,7 +130,7 @@ def test_every_tensor_of_the_file_is_read_by_one_stage_once(
     names = list(whole.state_dict())
     for stage in Topology(cut).stages():
         read_before = len(read)
-        place(BUILTIN_PATH, "dit", whole.config, stage, CPU)
+        place(PartWeights(BUILTIN_PATH, "dit"), whole.config, stage, CPU)
         expected = {f"dit.{name}" for name in own_names(names, stage).values()}
         assert set(read[read_before:]) == expected
     assert sorted(read) == sorted(f"dit.{name}" for name in names)
@@ -139,7 +139,7 @@ def test_every_tensor_of_the_file_is_read_by_one_stage_once(
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_a_placed_model_is_all_in_memory_and_frozen(cut: Any, whole: DiT):
     for stage in Topology(cut).stages():
-        model = place(BUILTIN_PATH, "dit", whole.config, stage, CPU).model
+        model = place(PartWeights(BUILTIN_PATH, "dit"), whole.config, stage, CPU).model
         tensors = [*model.parameters(), *model.buffers()]
         assert {tensor.device for tensor in tensors} == {CPU}
         # a tensor that no state_dict knows would be uninitialised memory
@@ -166,13 +166,13 @@ def test_a_missing_tensor_is_one_line_that_names_it_on_the_stage_that_needs_it(t
     save_file(tensors, tiny_checkpoint)
     first, middle, last = Topology((1, 1, 1)).stages()
     with pytest.raises(ValueError) as caught:
-        place(tiny_checkpoint, "dit", DiTConfig(**TINY), last, CPU)
+        place(PartWeights(tiny_checkpoint, "dit"), DiTConfig(**TINY), last, CPU)
     message = str(caught.value)
     assert "\n" not in message
     assert str(tiny_checkpoint) in message
     assert f"{key} is missing" in message
     for stage in first, middle:
-        place(tiny_checkpoint, "dit", DiTConfig(**TINY), stage, CPU)
+        place(PartWeights(tiny_checkpoint, "dit"), DiTConfig(**TINY), stage, CPU)
 
 
 def test_a_tensor_of_another_shape_is_one_line_that_names_it_and_both_shapes(tiny_checkpoint: Path):
@@ -182,18 +182,18 @@ def test_a_tensor_of_another_shape_is_one_line_that_names_it_and_both_shapes(tin
     save_file(tensors, tiny_checkpoint)
     first, last = Topology((1, 2)).stages()
     with pytest.raises(ValueError) as caught:
-        place(tiny_checkpoint, "dit", DiTConfig(**TINY), first, CPU)
+        place(PartWeights(tiny_checkpoint, "dit"), DiTConfig(**TINY), first, CPU)
     message = str(caught.value)
     assert "\n" not in message
     assert f"{key} is (24, 8), need (24, 7)" in message
-    place(tiny_checkpoint, "dit", DiTConfig(**TINY), last, CPU)
+    place(PartWeights(tiny_checkpoint, "dit"), DiTConfig(**TINY), last, CPU)
 
 
 def test_a_checkpoint_of_fewer_layers_is_refused_in_one_line(tiny_checkpoint: Path):
     (stage,) = Topology((4,)).stages()
     longer = replace(DiTConfig(**TINY), num_layers=4)
     with pytest.raises(ValueError) as caught:
-        place(tiny_checkpoint, "dit", longer, stage, CPU)
+        place(PartWeights(tiny_checkpoint, "dit"), longer, stage, CPU)
     assert "\n" not in str(caught.value)
     assert "dit.layers.3.modulation is missing" in str(caught.value)
 
@@ -201,4 +201,4 @@ def test_a_checkpoint_of_fewer_layers_is_refused_in_one_line(tiny_checkpoint: Pa
 def test_a_part_that_the_file_has_not_is_refused_in_one_line(tiny_checkpoint: Path):
     (stage,) = Topology((3,)).stages()
     with pytest.raises(ValueError, match=r"^[^\n]*unet\.[^\n]* is missing[^\n]*$"):
-        place(tiny_checkpoint, "unet", DiTConfig(**TINY), stage, CPU)
+        place(PartWeights(tiny_checkpoint, "unet"), DiTConfig(**TINY), stage, CPU)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 from torch import Tensor
 
@@ -21,32 +22,32 @@ class Timeline:
     """Segments of prompts laid over blocks. A change takes effect at the first block that starts after it.
 
     `transition_blocks` blocks after a change blend the two embeddings linearly. The last prompt holds on to
-    the end of the video.
+    the end of the video. `first_frame` gives the number of a block's first pixel frame.
     """
 
     def __init__(
         self,
         segments: tuple[Segment, ...],
         *,
-        temporal_stride: int,
-        block_frames: int,
+        first_frame: Callable[[int], int],
         transition_blocks: int = 0,
     ) -> None:
         if not segments:
             raise ValueError("no prompt: give a prompt or at least one segment")
         self.segments, self.transition_blocks = segments, transition_blocks
-        block_pixels = block_frames * temporal_stride
         self._first_blocks: list[int] = []
         start = 0
         for index, segment in enumerate(segments):
             if segment.num_frames < 1:
                 raise ValueError(f"segment {index + 1} has num_frames={segment.num_frames}: need at least 1")
-            self._first_blocks.append(-(-start // block_pixels))
+            previous = self._first_blocks[-1] if self._first_blocks else 0
+            self._first_blocks.append(next(b for b in count(previous) if first_frame(b) >= start))
             start += segment.num_frames
         for index, (first, following) in enumerate(
             zip(self._first_blocks, self._first_blocks[1:], strict=False)
         ):
             if first == following:
+                block_pixels = first_frame(first + 1) - first_frame(first)
                 raise ValueError(
                     f"segment {index + 1} ({segments[index].num_frames} frames) holds no start of a block of "
                     f"{block_pixels} frames, so it would never be seen; make it at least that long"
@@ -69,10 +70,8 @@ class Timeline:
 class BlockTexts:
     """For a block, (text, negative text), each [1, N, T]. Plain data inside, so another rank can have it."""
 
-    def __init__(self, timeline: Timeline, negative_prompt: str, encode: Callable[[str], Tensor]) -> None:
-        self.timeline, self.negative_prompt = timeline, negative_prompt
-        prompts = dict.fromkeys([*(segment.prompt for segment in timeline.segments), negative_prompt])
-        self.encoded = {prompt: encode(prompt) for prompt in prompts}
+    def __init__(self, timeline: Timeline, negative_prompt: str, encoded: dict[str, Tensor]) -> None:
+        self.timeline, self.negative_prompt, self.encoded = timeline, negative_prompt, encoded
 
     def __call__(self, block: Block) -> tuple[Tensor, Tensor]:
         blend = self.timeline.blend(block.index)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from vidgen.denoise.attending import Attending, Sparsity
 from vidgen.denoise.conditions import Conditions
+from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.guidance import combine, num_branches
 from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.solver import History, Solver
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.kernels.attention.api import attention_backend
-from vidgen.model.dit import DiT
+from vidgen.model.dit import Conditioning, DiT
 from vidgen.types import Block, GuidanceMode
 
 # B batch, C latent channels, F latent frames, Y X latent rows and columns
@@ -30,9 +31,12 @@ class Task:
 
     model: DiT
     timetable: Timetable
-    noise_levels: Sequence[float]  # num_steps + 1, from 1 to 0
+    noise_levels: Sequence[float]  # as the model sees them: num_steps + 1, from 1 to 0
     solver: Solver
     guidance_scale: float
+    second_model: DiT | None = None  # the expert that takes the steps from the timetable's switch on
+    second_guidance_scale: float | None = None  # its own, where it differs
+    given: Given = NOTHING
     noise: Callable[[Block], Tensor]  # [1, C, F, Y, X] of a block
     texts: Callable[[Block], tuple[Tensor, ...]]  # text [1, N, T] of a block, one per branch
     guidance_mode: GuidanceMode = GuidanceMode.SPLIT
@@ -46,11 +50,33 @@ class Task:
                 f"{len(self.noise_levels)} noise levels for {self.timetable.num_steps} steps: need one more "
                 "level than steps"
             )
+        if (self.second_model is None) != (self.timetable.switch_step is None):
+            raise ValueError("a second model and the step from which it is used belong together")
 
     @property
     def num_branches(self) -> int:
         """Branches of guidance that every step needs."""
-        return num_branches(self.guidance_scale)
+        return max(num_branches(scale) for scale in (self.guidance_scale, self.guidance_at(-1)))
+
+    @property
+    def models(self) -> tuple[DiT, ...]:
+        """The experts, in the order of their steps; mostly one."""
+        return (self.model,) if self.second_model is None else (self.model, self.second_model)
+
+    def model_at(self, step: int) -> DiT:
+        """Who takes a step."""
+        return self.models[self.timetable.expert(step)]
+
+    def guidance_at(self, step: int) -> float:
+        """The guidance scale of a step; of the last one for -1."""
+        is_second = self.timetable.expert(step % self.timetable.num_steps)
+        if is_second and self.second_guidance_scale is not None:
+            return self.second_guidance_scale
+        return self.guidance_scale
+
+    def conditioning(self, step: int, levels: tuple[float, ...], text_BNT: Tensor) -> Conditioning:
+        """What the model of a step makes of frames' noise levels and a text."""
+        return self.conditions.of(self.model_at(step), levels, text_BNT, self.given.image_BMI)
 
     @property
     def runs_per_forward(self) -> int:
@@ -113,15 +139,16 @@ class FinishedBlock:
 class Window:
     """What a forward runs on: the recomputed context, then the block's own frames."""
 
-    latents_BCFYX: Tensor  # B is 1
+    latents_BCFYX: Tensor  # B is 1; with the channels that the job gives, where the model takes such
     noise_level_BF: Tensor
     levels: tuple[float, ...]  # the same, as numbers
     frames_before: int
 
-    def own_frames(self, latents_BCFYX: Tensor) -> "Window":
-        """The block's own frames, which are given, without what is before them."""
+    def own_frames(self) -> "Window":
+        """The block's own frames, without what is before them."""
         first = self.frames_before
-        return Window(latents_BCFYX, self.noise_level_BF[:, first:], self.levels[first:], 0)
+        latents = self.latents_BCFYX[:, :, first:]
+        return Window(latents, self.noise_level_BF[:, first:], self.levels[first:], 0)
 
     def repeated(self, batch: int) -> tuple[Tensor, Tensor]:
         """Latents and noise levels, once per branch in the batch."""
@@ -167,21 +194,22 @@ def run_forward(
 ) -> Tensor:
     """Guided velocity of the block's own frames; what the forward lends is kept."""
     window = make_window(task, blocks, forward, own)
-    grid = task.model.token_grid(window.latents_BCFYX.shape)
+    model = task.model_at(forward.step)
+    grid = model.token_grid(window.latents_BCFYX.shape)
     velocities: list[Tensor] = []
     for run, text in enumerate(task.run_texts(task.timetable.block(forward.block))):
         context = lending.context(run)
-        velocity, own_kv = task.model.forward_and_lend(
+        velocity, own_kv = model.forward_and_lend(
             *window.repeated(text.shape[0]),
             text,
             context,
             first_frame=window.frames_before,
-            conditioning=task.conditions.of(task.model, window.levels, text),
+            conditioning=task.conditioning(forward.step, window.levels, text),
             attends=attending and attending.attends(forward.block, forward.step, run, grid, context),
         )
         lending.keep(own_kv, window.frames_before)
         velocities.extend(velocity.split(1))
-    return combine(velocities, task.guidance_scale)
+    return combine(velocities, task.guidance_at(forward.step))
 
 
 def make_window(task: Task, blocks: dict[int, BlockState], forward: Forward, own: BlockState) -> Window:
@@ -196,6 +224,11 @@ def make_window(task: Task, blocks: dict[int, BlockState], forward: Forward, own
         latents = torch.cat([before.latents_BCFYX[:, :, read.start : read.stop], latents], dim=2)
         levels = [task.noise_levels[read.step]] * read.num_frames + levels
     frames_before = read.num_frames if read is not None else 0
+    first_frame = task.timetable.block(forward.block).start - frames_before
+    latents, levels = task.given.pin(latents, first_frame, levels)
+    channels = task.given.channels(first_frame, latents.shape[2], latents)
+    if channels is not None:
+        latents = torch.cat([latents, channels], dim=1)
     level_BF = torch.tensor([levels], dtype=torch.float32, device=latents.device)
     return Window(latents, level_BF, tuple(levels), frames_before)
 
@@ -203,6 +236,8 @@ def make_window(task: Task, blocks: dict[int, BlockState], forward: Forward, own
 def take_step(task: Task, forward: Forward, own: BlockState, velocity_BCFYX: Tensor) -> BlockState:
     """The block after this step."""
     latents, history = task.solver.step(own.latents_BCFYX, velocity_BCFYX, forward.step, own.history)
+    if forward.step + 1 == task.timetable.num_steps:
+        latents, _ = task.given.pin(latents, task.timetable.block(forward.block).start)
     return BlockState(latents, forward.step + 1, history)
 
 

@@ -1,14 +1,15 @@
 """A denoising task from plain numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from vidgen.denoise.attending import Sparsity
+from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.loop import Task
 from vidgen.denoise.noise import NoiseSource
 from vidgen.denoise.schedule import noise_levels
-from vidgen.denoise.solver import Euler
+from vidgen.denoise.solver import Euler, Solver
 from vidgen.denoise.timetable import Timetable
 from vidgen.model.dit import DiT
 from vidgen.types import Block, GuidanceMode, NoiseKind
@@ -22,15 +23,24 @@ def make_task(
     latent_rows: int,
     latent_columns: int,
     seed: int,
-    shift: float,
     guidance_scale: float,
     noise: NoiseKind,
+    shift: float = 1.0,
+    solver: tuple[Solver, Sequence[float]] | None = None,
+    second_model: DiT | None = None,
+    second_guidance_scale: float | None = None,
+    given: Given = NOTHING,
     guidance_mode: GuidanceMode = GuidanceMode.SPLIT,
     sparsity: Sparsity | None = None,
     attention_backend: str | None = None,
 ) -> Task:
-    """The task of denoising one video with Euler steps. ValueError for a shift that is not positive."""
-    levels = noise_levels(timetable.num_steps, shift)
+    """The task of denoising one video. `solver` comes with the levels that the model sees; by default Euler.
+
+    ValueError for a shift that is not positive.
+    """
+    if solver is None:
+        own_levels = noise_levels(timetable.num_steps, shift)
+        solver = Euler(own_levels), own_levels
     source = NoiseSource(
         seed,
         frame_shape=(model.config.latent_channels, latent_rows, latent_columns),
@@ -41,9 +51,12 @@ def make_task(
     return Task(
         model=model,
         timetable=timetable,
-        noise_levels=levels,
-        solver=Euler(levels),
+        noise_levels=solver[1],
+        solver=solver[0],
         guidance_scale=guidance_scale,
+        second_model=second_model,
+        second_guidance_scale=second_guidance_scale,
+        given=given,
         noise=source,
         guidance_mode=guidance_mode,
         sparsity=sparsity,

@@ -69,6 +69,7 @@ class Timetable:
     stride: int = 1
     mode: ContextMode = ContextMode.RECOMPUTE
     anchor_frames: int = 0
+    switch_step: int | None = None  # the first step of a second expert; none has all steps done by one
 
     def __post_init__(self) -> None:
         bounds = {
@@ -78,6 +79,7 @@ class Timetable:
             "context_frames": (self.context_frames, 0, self.block_frames),
             "stride": (self.stride, 1, self.num_steps),
             "anchor_frames": (self.anchor_frames, 0, self.block_frames),
+            "switch_step": (self.switch_step or 0, 0, self.num_steps),
         }
         for name, (value, low, high) in bounds.items():
             if value < low or (high is not None and value > high):
@@ -100,6 +102,10 @@ class Timetable:
         """The index-th block; the last one may be shorter."""
         start = index * self.block_frames
         return Block(index, start, min(self.block_frames, self.num_frames - start))
+
+    def expert(self, step: int) -> int:
+        """Which of the model's experts takes a step: 0, or 1 from `switch_step` on."""
+        return int(self.switch_step is not None and step >= self.switch_step)
 
     def admission_tick(self, block: int) -> int:
         return self.stride * block
@@ -138,25 +144,36 @@ class Timetable:
             done = min(step + self.stride, self.num_steps)
             if self.mode == ContextMode.RECOMPUTE:
                 before_latents = Read(block - 1, done, start, stop)
-            else:
+            elif self._share_expert(step, done - 1):
                 before_kv = Read(block - 1, done - 1, start, stop)
-        if block + 1 in self.live(tick) and context:
+        if block + 1 in self.live(tick) and context and self._share_expert(step, step - self.stride):
             after_kv = Read(block + 1, step - self.stride, 0, min(context, self.block(block + 1).num_frames))
-        if self.anchor_frames and block >= 2 and tick > self.last_tick(0):
+        has_anchor = self._share_expert(step, self.num_steps - 1)
+        if self.anchor_frames and block >= 2 and tick > self.last_tick(0) and has_anchor:
             anchor_kv = Read(0, self.num_steps - 1, 0, min(self.anchor_frames, self.block(0).num_frames))
         return Forward(block, step, before_latents, before_kv, after_kv, anchor_kv, self._lends(own, tick))
 
     def _lends(self, own: Block, tick: int) -> tuple[Lend, ...]:
-        lends = []
+        lends, step = [], tick - self.admission_tick(own.index)
         if self.context_frames:
-            if own.index - 1 in self.live(tick):
+            if own.index - 1 in self.live(tick) and self._share_expert(step, step + self.stride):
                 lends.append(Lend(Lender.EARLIER_BLOCK, 0, min(self.context_frames, own.num_frames)))
-            if self.mode == ContextMode.CACHE and own.index + 1 in self.live(tick + 1):
+            reader_step = step + 1 - self.stride
+            is_read = own.index + 1 in self.live(tick + 1) and self._share_expert(step, reader_step)
+            if self.mode == ContextMode.CACHE and is_read:
                 start = self.block_frames - self.context_frames
                 lends.append(Lend(Lender.LATER_BLOCK, start, self.block_frames))
         if self.anchor_frames and self.num_blocks > 2 and own.index == 0 and tick == self.last_tick(0):
             lends.append(Lend(Lender.ALL, 0, min(self.anchor_frames, own.num_frames)))
         return tuple(lends)
+
+    def _share_expert(self, step: int, other: int) -> bool:
+        """Whether keys and values of one step can be read in the other: experts do not read each other's.
+
+        Latents can be read at any step. So for one step a block at the switch sees nothing of the block after
+        it, which is still with the first expert.
+        """
+        return self.expert(step) == self.expert(other)
 
 
 def dualparal(
@@ -168,6 +185,7 @@ def dualparal(
     stride: int = 1,
     mode: ContextMode = ContextMode.RECOMPUTE,
     anchor_frames: int = 0,
+    switch_step: int | None = None,
 ) -> Timetable:
     """A queue of blocks, one admitted every `stride` ticks. ValueError for sizes that make no queue."""
     return Timetable(
@@ -178,9 +196,12 @@ def dualparal(
         stride=stride,
         mode=mode,
         anchor_frames=anchor_frames,
+        switch_step=switch_step,
     )
 
 
-def full(num_frames: int, num_steps: int) -> Timetable:
+def full(num_frames: int, num_steps: int, *, switch_step: int | None = None) -> Timetable:
     """One block with all frames, as a plain video pipeline runs it."""
-    return Timetable(num_frames=num_frames, num_steps=num_steps, block_frames=num_frames)
+    return Timetable(
+        num_frames=num_frames, num_steps=num_steps, block_frames=num_frames, switch_step=switch_step
+    )
