@@ -159,7 +159,7 @@ CASES = (
     Case("unknown command", ("rendr", RED), ("rendr", "--help")),
     # the model
     of_flag("unknown model", "--model", "sora", says=("model=sora", "vidgen models")),
-    of_flag("a folder as model", "--model", ".", says=("model=.", "no checkpoint of Wan here", "model_index.json")),
+    of_flag("a folder as model", "--model", ".", says=("model=.", "no checkpoint of Wan")),
     Case(
         "a model that is no safetensors",
         ("render", RED, "--ckpt_dir", "m.safetensors"),

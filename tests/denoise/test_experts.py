@@ -1,4 +1,4 @@
-"""Two experts that share a schedule: each takes its own steps, and neither reads the other's keys and values."""
+"""Two experts of one schedule: each takes its own steps, and neither reads the other's keys and values."""
 
 from collections.abc import Callable
 from dataclasses import replace

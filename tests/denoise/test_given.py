@@ -1,4 +1,4 @@
-"""Given pictures: pinned frames stay what they are and are seen as clean; extra channels reach every frame."""
+"""Given pictures: pinned frames stay what they are and are seen as clean; channels reach their frames."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vidgen.bench.random_wan import Kind, make_wan
+from vidgen.bench.random_wan import WITH_CLIP, Kind, make_wan
 from vidgen.conditioning import umt5
 from vidgen.engine import Engine
 from vidgen.model.wan import dit_config
@@ -55,7 +55,7 @@ def pipeline(folder: Callable[[Kind], Path]) -> Callable[..., Any]:
     def pipeline(kind: Kind, has_image: bool) -> Any:
         key = kind, has_image
         if key not in made:
-            absent = {"image_encoder": None, "image_processor": None} if kind != "i2v" else {}
+            absent = {"image_encoder": None, "image_processor": None} if kind not in WITH_CLIP else {}
             if has_image:
                 made[key] = WanImageToVideoPipeline.from_pretrained(folder(kind), **absent)
             else:

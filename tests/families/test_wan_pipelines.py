@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*requires torchvision:UserWarni
 class Case:
     kind: Kind
     has_image: bool = False
+    has_last: bool = False
     num_frames: int = 9
     height: int = 32
     width: int = 48
@@ -31,10 +32,12 @@ CASES = {
     "t2v-five-steps": Case(kind="t2v", steps=5, num_frames=5),
     "i2v": Case(kind="i2v", has_image=True),
     "i2v-long": Case(kind="i2v", has_image=True, num_frames=25, height=16, width=32),
+    "flf2v": Case(kind="flf2v", has_image=True, has_last=True),
     "ti2v-text": Case(kind="ti2v", height=64, width=96),
     "ti2v-image": Case(kind="ti2v", has_image=True, height=64, width=32),
     "a14b-t2v": Case(kind="a14b-t2v", steps=6, second=2.0),
     "a14b-t2v-one-scale": Case(kind="a14b-t2v", steps=6),
+    "a14b-i2v-last": Case(kind="a14b-i2v", has_image=True, has_last=True, steps=4, second=4.0),
     "a14b-i2v": Case(kind="a14b-i2v", has_image=True, steps=6, second=1.0),
 }
 
@@ -54,6 +57,8 @@ def arguments(case: Case, picture: Any, engine: Any) -> dict[str, Any]:
         given["guidance_scale_2"] = case.second
     if case.has_image:
         given["image"] = picture(case.height, case.width)
+    if case.has_last:
+        given["last_image"] = picture(case.height, case.width).transpose(0)
     return given
 
 
@@ -127,6 +132,7 @@ def test_embeddings_may_be_given(engine: Any, pipeline: Any, picture: Any):
     ("kind", "given", "message"),
     [
         ("i2v", {}, r"\(i2v\) begins with a picture; give --image or --video"),
+        ("flf2v", {"image": True}, r"\(flf2v\) also needs the last picture; give --last-image"),
         ("t2v", {"image": True}, r"\(t2v\) takes no image; use an i2v or ti2v checkpoint"),
         ("ti2v", {"image": True, "last_image": True}, r"\(ti2v\) takes no last picture; leave it out"),
         ("t2v", {"guidance_scale_2": 3.0}, "guidance_scale_2=3.0: this model has one expert; leave it out"),

@@ -6,13 +6,15 @@ Every folder is what diffusers' `save_pretrained` of the family's pipeline write
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-Kind = Literal["t2v", "i2v", "ti2v", "a14b-t2v", "a14b-i2v"]
-KINDS: tuple[Kind, ...] = ("t2v", "i2v", "ti2v", "a14b-t2v", "a14b-i2v")
+Kind = Literal["t2v", "i2v", "flf2v", "ti2v", "a14b-t2v", "a14b-i2v"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+WITH_CLIP: tuple[Kind, ...] = ("i2v", "flf2v")
+WITH_IMAGE: tuple[Kind, ...] = (*WITH_CLIP, "a14b-i2v")
 WORDS = "a the red green blue cat dog circle square runs sits on grass over moving left right".split()
 
 
@@ -62,9 +64,9 @@ def make_wan(folder: Path, kind: Kind, *, sizes: Sizes = TINY, seed: int = 0) ->
         settings["boundary_ratio"] = 0.875 if kind == "a14b-t2v" else 0.9
     if kind == "ti2v":
         settings["expand_timesteps"] = True
-    if kind.endswith("i2v") and kind != "ti2v":
+    if kind in WITH_IMAGE:
         parts["image_encoder"], parts["image_processor"] = None, None
-        if kind == "i2v":
+        if kind in WITH_CLIP:
             parts["image_encoder"], parts["image_processor"] = _image_encoder(sizes), _image_processor()
         pipeline = WanImageToVideoPipeline(**parts, **settings)
     else:
@@ -78,8 +80,7 @@ def make_transformer(kind: Kind, sizes: Sizes = TINY) -> Any:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     latent_channels = 48 if kind == "ti2v" else 16
-    has_image = kind in ("i2v", "a14b-i2v")
-    has_clip = kind == "i2v"
+    has_image, has_clip = kind in WITH_IMAGE, kind in WITH_CLIP
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=sizes.num_heads,
@@ -92,6 +93,7 @@ def make_transformer(kind: Kind, sizes: Sizes = TINY) -> Any:
         num_layers=sizes.num_layers,
         image_dim=sizes.clip_width if has_clip else None,
         added_kv_proj_dim=sizes.num_heads * sizes.head_dim if has_clip else None,
+        pos_embed_seq_len=514 if kind == "flf2v" else None,
     )
     return randomise(model).eval()
 
