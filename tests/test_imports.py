@@ -33,7 +33,7 @@ FACES = ("vidgen.cli", "vidgen.cli_*", "vidgen.__main__", "vidgen.serve")
 LAYERS = ("vidgen.types", "vidgen.kernels", "vidgen.model")
 MATH = (*LAYERS, "vidgen.conditioning", "vidgen.sparsity", "vidgen.stepcache")
 PARTS = (*LAYERS, "vidgen.codec", "vidgen.conditioning.text")  # of the built-in model
-FAMILY = (*MATH, "vidgen.codec", "vidgen.builtin", "vidgen.config", "vidgen.denoise")
+FAMILY = (*MATH, "vidgen.codec", "vidgen.builtin", "vidgen.sections", "vidgen.config", "vidgen.denoise")
 
 # The longest key that holds a module is its room.
 ROOMS: dict[str, Room] = {
@@ -62,9 +62,8 @@ ROOMS: dict[str, Room] = {
         alone=True,
     ),
     "vidgen.media": Room(engine=("vidgen.types",)),
-    "vidgen.config": Room(
-        engine=("vidgen.types", "vidgen.conditioning", "vidgen.denoise.timetable", "vidgen.sparsity.settings")
-    ),
+    "vidgen.config": Room(engine=("vidgen.types", "vidgen.sections", "vidgen.sparsity.settings")),
+    "vidgen.sections": Room(engine=("vidgen.types", "vidgen.sparsity.settings")),
     "vidgen.families": Room(engine=FAMILY),
     "vidgen.pictures": Room(engine=("vidgen.config", "vidgen.families.family", "vidgen.media")),
     "vidgen.planning": Room(

@@ -31,6 +31,7 @@ class Engine:
     def __init__(self, family: Family) -> None:
         self.family = family
         self.sparsity = SparsitySettings()
+        self._is_compiled = False
 
     @classmethod
     def from_pretrained(
@@ -65,12 +66,13 @@ class Engine:
         return self.family.dits[0].config
 
     def load_dit(self, device: str, *, compile: bool = False) -> None:
-        """Read the DiT's weights onto a device, where it was left out at first."""
+        """Read the DiT's weights onto a device, if that was left out; compile its layers if asked."""
         if self.family.dits[0].device.type == "meta":
             self.family.load_dits(device)
-            if compile:
-                for dit in self.family.dits:
-                    dit.compile_layers()
+        if compile and not self._is_compiled:
+            self._is_compiled = True
+            for dit in self.family.dits:
+                dit.compile_layers()
 
     def sha256(self) -> str:
         """Of the checkpoint: what a job remembers of its model."""
@@ -143,6 +145,8 @@ class Engine:
         if GIVEN_NEGATIVE in embeds:
             named["negative_prompt"] = GIVEN_NEGATIVE
         job = resolve_job(self.family, parse_job({**named, **settings}), self.sparsity)
+        if job.compile:
+            self.load_dit("cpu", compile=True)
         is_as_in_a_file = all(
             value is None or (isinstance(value, dict) and not value) for value in given.values()
         )

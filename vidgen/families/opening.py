@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vidgen.builtin import BUILTIN_PATH
-from vidgen.config import LoraConfig, OffloadConfig
 from vidgen.families.family import Family
 from vidgen.families.small import SmallFamily
 from vidgen.model.dtypes import DType
+from vidgen.sections import LoraConfig, OffloadConfig
 
 NO_OFFLOAD = OffloadConfig()
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from vidgen.builtin import FAMILY, load_dit, load_small
 from vidgen.codec.protocol import Codec
-from vidgen.config import LoraConfig
 from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.multistep import SolverName, make_solver
 from vidgen.denoise.solver import Solver
 from vidgen.families.family import Decoding, LoadDecode, Pictures, as_pixels
 from vidgen.model.loading import PartWeights
 from vidgen.model.weights import Weights
+from vidgen.sections import LoraConfig
 
 
 class SmallFamily:

@@ -13,7 +13,6 @@ from vidgen.codec.protocol import Codec
 from vidgen.codec.wan import load_wan_codec, wan_codec_sizes
 from vidgen.conditioning.clip import clip_source, encode_images
 from vidgen.conditioning.umt5 import encode_prompts, text_source
-from vidgen.config import LoraConfig, OffloadConfig
 from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.multistep import SolverName, make_solver
 from vidgen.denoise.solver import Solver
@@ -25,6 +24,7 @@ from vidgen.model.dtypes import DType
 from vidgen.model.lora import Lora
 from vidgen.model.wan import dit_config
 from vidgen.model.weights import WanWeights, Weights
+from vidgen.sections import LoraConfig, OffloadConfig
 
 # F frames, H height, W width
 
