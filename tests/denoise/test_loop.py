@@ -13,7 +13,7 @@ from torch import Tensor
 from vidgen.denoise.loop import LoopState, Task, denoise, run_tick
 from vidgen.denoise.timetable import Timetable, dualparal, full
 from vidgen.model.context import Context, KeyValue
-from vidgen.types import ContextMode
+from vidgen.types import ContextMode, GuidanceMode
 
 MakeTask = Callable[..., Task]
 Latents = Callable[..., list[Tensor]]
@@ -266,3 +266,16 @@ def test_noise_levels_that_do_not_fit_the_number_of_steps_are_an_error(task: Mak
     made = task(BASE)
     with pytest.raises((ValueError, AssertionError)):
         list(denoise(replace(made, noise_levels=[*made.noise_levels[:-1], 0.01, 0.0])))
+
+
+@pytest.mark.parametrize("mode", GuidanceMode)
+def test_a_text_is_placed_and_projected_once(mode: GuidanceMode, task: MakeTask):
+    """What was made of a text is found again by the tensor, which must therefore stay the same."""
+    plain = task(BASE, guidance_scale=3.0)
+    texts = plain.texts(plain.timetable.block(0))
+    made = replace(plain, guidance_mode=mode, texts=lambda block: texts)
+    block = made.timetable.block(0)
+    first, again = made.run_texts(block), made.run_texts(block)
+    assert [one is other for one, other in zip(first, again, strict=True)] == [True] * made.runs_per_forward
+    one, other = (made.conditioning(0, (1.0,), first[0]).text_BND for _ in range(2))
+    assert one is other

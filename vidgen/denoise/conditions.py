@@ -1,6 +1,7 @@
 """What the model makes of noise levels and texts: a job has few of them, so each is made once."""
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ class Conditions:
     def __init__(self) -> None:
         self._levels: OrderedDict[tuple[int, float], tuple[Tensor, Tensor]] = OrderedDict()
         self._texts: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
+        self._placed: OrderedDict[tuple[Any, ...], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = (
+            OrderedDict()
+        )
         self._models: dict[int, DiT] = {}  # kept, so that their ids stay their own
 
     def __reduce__(self) -> tuple[type["Conditions"], tuple[()]]:
@@ -36,6 +40,16 @@ class Conditions:
             noise_BF6D=torch.cat([row for _, row in rows], dim=1).expand(batch, -1, -1, -1),
             text_BND=self._text(model, text_BNT, image_BMI),
         )
+
+    def placed(self, texts: tuple[Tensor, ...], device: torch.device, *, stacked: bool) -> tuple[Tensor, ...]:
+        """Texts [1, N, T] on a device, as they are or as one batch: the same tensors for the same texts."""
+        key = (str(device), stacked, *(id(text) for text in texts))
+        if key not in self._placed:
+            moved = tuple(text.to(device) for text in texts)
+            self._placed[key] = texts, (torch.cat(moved),) if stacked else moved
+            if len(self._placed) > TEXTS_KEPT:
+                self._placed.popitem(last=False)
+        return self._placed[key][1]
 
     def _level(self, model: DiT, level: float) -> tuple[Tensor, Tensor]:
         key = id(model), level

@@ -90,8 +90,7 @@ class Task:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale}: needs a text and a negative text, got one"
             )
-        texts = tuple(text.to(self.device) for text in texts)
-        return texts if self.runs_per_forward == len(texts) else (torch.cat(texts),)
+        return self.conditions.placed(texts, self.device, stacked=self.runs_per_forward < len(texts))
 
     def new_block(self, block: Block) -> "BlockState":
         """A block before its first step."""
