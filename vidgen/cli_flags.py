@@ -50,6 +50,7 @@ FLAGS = (
     Flag("tile", "--tile", "PX", "decode in squares of this side: less memory, about the same frames"),
     Flag("offload.encoders", "--offload-encoders/--no-offload-encoders", "", "encode on the CPU", bool),
     Flag("offload.codec", "--offload-codec/--no-offload-codec", "", "decode on the CPU", bool),
+    Flag("text_cache", "--text-cache", "DIR", "keep encoded prompts here, for all renders"),
     Flag("input.image", "--image", "FILE", "the first frame"),
     Flag("input.last_image", "--last-image", "FILE", "the last frame, for models trained for one"),
     Flag("input.video", "--video", "FILE", "a clip to go on from"),

@@ -22,6 +22,7 @@ from vidgen.sections import (
     OffloadConfig,
     OutputConfig,
     ParallelConfig,
+    Place,
     QueueConfig,
     SegmentConfig,
     Strict,
@@ -63,6 +64,8 @@ class JobConfig(Strict):
     tile: int | None = Field(default=None, ge=32, le=8192)
     """Decode in squares of so many pixels, blended where they meet: less memory, about the same frames."""
     offload: OffloadConfig = OffloadConfig()
+    text_cache: Place | None = None
+    """A folder where encoded prompts are kept: a prompt seen before needs no text encoder."""
     input: InputConfig = InputConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; `auto` takes a GPU where there is one. It decides the last bits, like threads."""
@@ -195,7 +198,9 @@ NEWER_SETTINGS: dict[str, tuple[Any, ...]] = {
 
 def frames_digest(config: JobConfig) -> str:
     """SHA-256 of all settings that decide a frame or its encoding; the others may change between runs."""
-    values = config.model_dump(mode="json", exclude={"parallel", "state_every", "device", "offload"})
+    values = config.model_dump(
+        mode="json", exclude={"parallel", "state_every", "device", "offload", "text_cache"}
+    )
     values["output"] = {name: values["output"][name] for name in ("upscale", "crf")}
     # jobs begun before there were these settings go on
     for name, default in NEWER_SETTINGS.items():

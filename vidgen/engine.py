@@ -43,6 +43,7 @@ class Engine:
         loras: Sequence[LoraConfig | str | Path] = (),
         tile: int | None = None,
         offload: OffloadConfig = NO_OFFLOAD,
+        text_cache: Path | None = None,
         with_dit: bool = True,
     ) -> Self:
         """The model of that name, file or folder. ValueError in one line when there is none.
@@ -53,8 +54,9 @@ class Engine:
         named = {"dtype": _dtype_name(dtype), "loras": [_lora(lora) for lora in loras], "tile": tile}
         settings = parse_job({"model": str(path), **named}, "from_pretrained")
         family = open_model(
-            settings.model, dtype=settings.dtype, loras=settings.loras, tile=settings.tile, offload=offload
-        )
+            settings.model, dtype=settings.dtype, loras=settings.loras, tile=settings.tile,
+            offload=offload, text_cache=text_cache,
+        )  # fmt: skip
         engine = cls(family)
         if with_dit:
             engine.load_dit(device)

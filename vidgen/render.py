@@ -119,8 +119,9 @@ def resume(
 def _engine(job: JobConfig) -> Engine:
     """The job's model, without its DiT's weights."""
     return Engine.from_pretrained(
-        job.model, dtype=job.dtype, loras=job.loras, tile=job.tile, offload=job.offload, with_dit=False
-    )
+        job.model, dtype=job.dtype, loras=job.loras, tile=job.tile, offload=job.offload,
+        text_cache=job.text_cache, with_dit=False,
+    )  # fmt: skip
 
 
 class _Run:

@@ -75,6 +75,7 @@ def test_canonical_flags_reach_the_job(run: Run):
         "loras": [],
         "tile": None,
         "offload": {"encoders": False, "codec": False},
+        "text_cache": None,
         "input": {"image": None, "last_image": None, "video": None, "video_frames": 5},
         "device": "cpu",
         "threads": 1,

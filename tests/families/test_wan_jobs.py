@@ -130,6 +130,20 @@ def test_a_clip_goes_on_from_its_last_frames(folder: Any, tmp_path: Path):
     assert found[:, :, 3:].std() > 0.1
 
 
+def test_a_prompt_seen_before_needs_no_text_encoder(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def absent(*_: object) -> None:
+        raise AssertionError("loaded")
+
+    render(job(folder("t2v"), tmp_path / "a.mp4", text_cache=tmp_path / "texts"))
+    monkeypatch.setattr("vidgen.conditioning.umt5.load_text_encoder", absent)
+    render(job(folder("t2v"), tmp_path / "b.mp4", text_cache=tmp_path / "texts"))
+    assert_same_job(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    with pytest.raises(AssertionError, match="loaded"):
+        render(job(folder("t2v"), tmp_path / "c.mp4"))
+
+
 def test_a_changed_checkpoint_is_noticed(folder: Any, tmp_path: Path):
     root = shutil.copytree(folder("t2v"), tmp_path / "model")
     output, ticks = tmp_path / "v.mp4", iter(range(100))

@@ -19,6 +19,7 @@ def open_model(
     loras: Sequence[LoraConfig] = (),
     tile: int | None = None,
     offload: OffloadConfig = NO_OFFLOAD,
+    text_cache: Path | None = None,
 ) -> Family:
     """The model of that name: `builtin`, a file of vidgen's own, or a folder of Wan's or diffusers'.
 
@@ -28,7 +29,7 @@ def open_model(
     if checkpoint.is_dir():
         from vidgen.families.wan import WanFamily
 
-        return WanFamily(checkpoint, dtype, loras, tile=tile, offload=offload)
+        return WanFamily(checkpoint, dtype, loras, tile=tile, offload=offload, text_cache=text_cache)
     if not checkpoint.is_file():
         raise ValueError(f"model={name}: no such model, file or folder; `vidgen models` lists what there is")
     if tile is not None:

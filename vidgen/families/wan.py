@@ -12,7 +12,7 @@ from torch import Tensor
 from vidgen.codec.protocol import Codec
 from vidgen.codec.wan import load_wan_codec, wan_codec_sizes
 from vidgen.conditioning.clip import clip_source, encode_images
-from vidgen.conditioning.umt5 import encode_prompts, text_source
+from vidgen.conditioning.umt5 import TextCache, encode_prompts, text_source
 from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.multistep import SolverName, make_solver
 from vidgen.denoise.solver import Solver
@@ -40,6 +40,7 @@ class WanFamily:
         *,
         tile: int | None,
         offload: OffloadConfig,
+        text_cache: Path | None,
     ) -> None:
         self.folder: WanFolder = read_folder(root)
         self.name, self.checkpoint = str(root), root
@@ -55,6 +56,7 @@ class WanFamily:
         self.recommended = recommended(self.folder, configs[0])
         self.loras = tuple(Lora(lora.path.absolute(), lora.scale, lora.expert) for lora in loras)
         self.tile, self.offload = tile, offload
+        self.text_cache = TextCache(text_cache) if text_cache is not None else None
         self._codec: Codec | None = None
         for weights, dit in zip(self.weights(), self.dits, strict=True):
             weights.check({name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()})
@@ -77,7 +79,11 @@ class WanFamily:
             return {}
         device = _device(self.offload.encoders)
         return encode_prompts(
-            text_source(self.folder.root), prompts, device=device, dtype=self._encoder_dtype
+            text_source(self.folder.root),
+            prompts,
+            device=device,
+            dtype=self._encoder_dtype,
+            cache=self.text_cache,
         )
 
     @torch.inference_mode()
