@@ -101,6 +101,24 @@ def attention(
     return OK
 
 
+@bench.command()
+def peers(
+    readings: Annotated[int, typer.Option("--readings", metavar="N", help="of each side", min=1)] = 3,
+    threads: Annotated[int, typer.Option("--threads", metavar="N", help="of the CPU", min=1)] = 2,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="also with compiled layers; minutes more")
+    ] = False,
+    json_file: Json = None,
+) -> int:
+    """Hold a Wan model's steps against diffusers' pipeline, and what four ranks read to load it."""
+    from vidgen.bench.peers import PeersCase, bench_peers
+
+    case = PeersCase(readings=readings, threads=threads, compile=compiled)
+    steps, loading = bench_peers(case)
+    _show(loading, json_file.with_stem(f"{json_file.stem}_loading") if json_file else None)
+    return _show(steps, json_file)
+
+
 def _numbers(flag: str, text: str) -> list[int]:
     try:
         numbers = [int(number) for number in text.split(",")]
