@@ -103,20 +103,17 @@ def attention(
 
 @bench.command()
 def peers(
-    readings: Annotated[int, typer.Option("--readings", metavar="N", help="of each side", min=1)] = 3,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="readings of each side", min=1)] = 3,
     threads: Annotated[int, typer.Option("--threads", metavar="N", help="of the CPU", min=1)] = 2,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="also with compiled layers; minutes more")
-    ] = False,
+    ] = True,
     json_file: Json = None,
 ) -> int:
-    """Hold a Wan model's steps against diffusers' pipeline, and what four ranks read to load it."""
-    from vidgen.bench.peers import PeersCase, bench_peers
+    """Hold a Wan model's steps against diffusers' pipeline, and what a rank reads to load its layers."""
+    from vidgen.bench.peers import PeersCase, bench_peers, rows
 
-    case = PeersCase(readings=readings, threads=threads, compile=compiled)
-    steps, loading = bench_peers(case)
-    _show(loading, json_file.with_stem(f"{json_file.stem}_loading") if json_file else None)
-    return _show(steps, json_file)
+    return _show(rows(bench_peers(PeersCase(rounds=rounds, threads=threads, compile=compiled))), json_file)
 
 
 def _numbers(flag: str, text: str) -> list[int]:

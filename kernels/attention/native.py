@@ -33,3 +33,16 @@ def run(
             query, key, value, None, True, scale=scale
         )[:2]
     return out.transpose(1, 2), lse_BHQ[..., : query.shape[2]].float()
+
+
+def attend_weighted(
+    query_BQHD: Tensor, key_BKHD: Tensor, value_BKHD: Tensor, log_weights_K: Tensor
+) -> Tensor:
+    """Dense attention [B, Q, H, D] in which a key counts as exp(log weight) equal ones do."""
+    if log_weights_K.shape != key_BKHD.shape[1:2]:
+        raise ValueError(
+            f"log-weights of shape {tuple(log_weights_K.shape)}: {key_BKHD.shape[1]} keys need as many"
+        )
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query_BQHD, key_BKHD, value_BKHD))
+    added_11QK = log_weights_K.to(query.dtype).expand(1, 1, query.shape[2], -1)
+    return scaled_dot_product_attention(query, key, value, attn_mask=added_11QK).transpose(1, 2)

@@ -28,6 +28,13 @@ def norm_modulate(
     return way.norm_modulate(x_BFSD, scale_BF1D, shift_BF1D, eps)
 
 
+def gate_residual(x_BFSD: Tensor, branch_BFSD: Tensor, gate_BF1D: Tensor) -> Tensor:
+    """x + branch * gate in fp32, of x's dtype. The branch is used up: its memory may hold what comes back."""
+    _check_branch(x_BFSD, branch_BFSD)
+    _check(x_BFSD, gate=gate_BF1D)
+    return reference.gate_residual(x_BFSD, branch_BFSD, gate_BF1D)
+
+
 def gate_residual_norm_modulate(
     x_BFSD: Tensor,
     branch_BFSD: Tensor,
@@ -39,13 +46,17 @@ def gate_residual_norm_modulate(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(x + branch * gate, its LayerNorm * (1 + scale) + shift), of x's dtype: a residual, then the norm."""
+    _check_branch(x_BFSD, branch_BFSD)
+    _check(x_BFSD, gate=gate_BF1D, scale=scale_BF1D, shift=shift_BF1D)
+    way = _way(backend, x_BFSD, branch_BFSD, gate_BF1D, scale_BF1D, shift_BF1D)
+    return way.gate_residual_norm_modulate(x_BFSD, branch_BFSD, gate_BF1D, scale_BF1D, shift_BF1D, eps)
+
+
+def _check_branch(x_BFSD: Tensor, branch_BFSD: Tensor) -> None:
     if branch_BFSD.shape != x_BFSD.shape:
         raise ValueError(
             f"a branch {tuple(branch_BFSD.shape)} to add to tokens {tuple(x_BFSD.shape)}: need equal shapes"
         )
-    _check(x_BFSD, gate=gate_BF1D, scale=scale_BF1D, shift=shift_BF1D)
-    way = _way(backend, x_BFSD, branch_BFSD, gate_BF1D, scale_BF1D, shift_BF1D)
-    return way.gate_residual_norm_modulate(x_BFSD, branch_BFSD, gate_BF1D, scale_BF1D, shift_BF1D, eps)
 
 
 def _check(x_BFSD: Tensor, **per_frame: Tensor) -> None:

@@ -82,7 +82,7 @@ def listen(
 
     def layer(
         run: Callable[..., Any], index: int, tokens: Tensor, noise: Tensor, text: Tensor, positions: Any,
-        before: KeyValue | None, after: KeyValue | None, attend: Any = None,
+        before: KeyValue | None, after: KeyValue | None, attend: Any = None, log_weights: Any = None,
     ) -> Any:  # fmt: skip
         own = positions.own_tokens
         inputs = {
@@ -94,7 +94,7 @@ def listen(
                 inputs |= {f"{name} keys": kv.key_BFSHD, f"{name} values": kv.value_BFSHD}
         for name, tensor in inputs.items():
             recording.inputs[now[0], f"layer {index} {name}"] = copied(tensor)
-        tokens, made = run(tokens, noise, text, positions, before, after, attend)
+        tokens, made = run(tokens, noise, text, positions, before, after, attend, log_weights)
         recording.lent[now[0], index] = KeyValue(copied(made.key_BFSHD), copied(made.value_BFSHD))
         return tokens, made
 

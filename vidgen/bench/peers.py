@@ -1,162 +1,283 @@
-"""The engine against diffusers on Wan's architecture: the same random weights, noise, steps and threads.
+"""Our engine beside diffusers' WanPipeline: the same random checkpoint, steps, threads and dtype, in one run.
 
-Both sides run the public call with all frames at once and guidance, in turns, so that what else the machine
-does falls on both. Nothing is decoded: the codec is diffusers' own on both sides.
+Seconds of a denoising step, as both are and with compiled layers; what one of several ranks reads to load its
+part, and how much memory that takes.
 """
 
+import gc
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidgen.bench.random_wan import MID, make_wan
+from vidgen.bench.random_wan import MID, WORDS, Sizes, make_wan
 from vidgen.engine import Engine
+from vidgen.families.opening import open_model
+from vidgen.model.dit import DiTConfig
+from vidgen.parallel.place import place, strip
+from vidgen.parallel.topology import Stage, balanced
 
-PROMPT, NEGATIVE = "a red cat runs over the grass", "a blue dog"
-NUM_RANKS = 4
+OURS, THEIRS = "vidgen", "diffusers"
+COMPILED = ", compiled"
+TARGETS = {"speed-up": 1.15, "read": 0.35, "peak": 1.1}
+Told = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
+Run = Callable[[Told], Tensor]  # clean latents; the callback is called after every step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeersCase:
-    """What is rendered. The default is 4,200 tokens and about 100 M parameters."""
+    """What is run. The defaults are about 100 million parameters and 4,680 tokens, in minutes."""
 
+    sizes: Sizes = MID
     height: int = 480
-    width: int = 448
-    num_frames: int = 17
-    readings: int = 3
+    width: int = 832
+    num_frames: int = 9
+    num_steps: int = 3  # per reading; the first one is left out
+    rounds: int = 3
     threads: int = 2
-    compile: bool = False
+    prompt_words: int = 100  # of prompt and negative prompt, about a token each; Wan pads both to 512
+    num_ranks: int = 4
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 2 or self.rounds < 1:
+            raise ValueError(f"num_steps={self.num_steps}, rounds={self.rounds}: need 2 and 1 at least")
 
 
-def bench_peers(case: PeersCase) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(a row per side: seconds per step, their ratio, the largest difference; a row per rank that loads)."""
+def bench_peers(case: PeersCase | None = None) -> dict[str, Any]:
+    """`steps`: a row for each of the engines; `loading`: of the fullest rank; `targets`; `case`."""
+    case = case or PeersCase()
+    with tempfile.TemporaryDirectory() as place_of_it:
+        folder = make_wan(Path(place_of_it) / "wan", "t2v", sizes=case.sizes)
+        with _threads(case.threads), _no_compiled_code_kept(case.compile):
+            steps = _bench_steps(case, folder)
+        loading = _bench_loading(case, folder)
+    return {"case": asdict(case), "steps": steps, "loading": loading, "targets": TARGETS}
+
+
+def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `bench_peers` found, as one table of ratios with their targets."""
+    by_name = {row["engine"]: row for row in found["steps"]}
+    loading, targets = found["loading"], found["targets"]
+    table = [
+        {
+            "what": f"step, {name}",
+            "found": row["seconds"],
+            "spread": f"{row['least']} to {row['most']}",
+            "CPU seconds": row["CPU seconds"],
+            "max error": row["max error"],
+            "ratio": row["speed-up"],
+            "target": f">= {targets['speed-up']}" if name == OURS else "",
+        }
+        for name, row in by_name.items()
+    ]
+    for what, key in (("share of bytes read by a rank", "read"), ("peak of its load / weights", "peak")):
+        blank = {"spread": "", "CPU seconds": "", "max error": ""}
+        table.append(
+            {"what": what, "found": loading[f"{key} MB"], **blank}
+            | {"ratio": loading[key], "target": f"<= {targets[key]}"}
+        )
+    return table
+
+
+def _bench_steps(case: PeersCase, folder: Path) -> list[dict[str, Any]]:
+    """A row per engine: median, least and most seconds of a step, ratio to diffusers', error against it."""
+    runs = {THEIRS: _diffusers(case, folder, compiled=False), OURS: _vidgen(case, folder, compiled=False)}
+    if case.compile:
+        runs |= {f"{THEIRS}{COMPILED}": _diffusers(case, folder, compiled=True)}
+        runs |= {f"{OURS}{COMPILED}": _vidgen(case, folder, compiled=True)}
+    readings: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    first_steps: dict[str, float] = {}
+    latents: dict[str, Tensor] = {}
+    for _ in range(case.rounds):
+        for name, run in runs.items():  # in turns, so that a busy moment hits all alike
+            latents[name], taken = _timed(run)
+            first_steps.setdefault(name, taken[0][0])
+            readings[name] += taken[1:]
+    medians = {name: statistics.median(wall for wall, _ in taken) for name, taken in readings.items()}
+    expected = latents[THEIRS]
+    return [
+        {
+            "engine": name,
+            "seconds": round(medians[name], 4),
+            "least": round(min(wall for wall, _ in taken), 4),
+            "most": round(max(wall for wall, _ in taken), 4),
+            "CPU seconds": round(statistics.median(cpu for _, cpu in taken), 4),
+            "readings": len(taken),
+            "speed-up": round(medians[THEIRS] / medians[name], 3),
+            "compile s": round(max(0.0, first_steps[name] - medians[name]), 1) if COMPILED in name else None,
+            "max error": float((latents[name] - expected).abs().max()),
+            "scale": float(expected.abs().max()),
+        }
+        for name, taken in readings.items()
+    ]
+
+
+def _timed(run: Run) -> tuple[Tensor, list[tuple[float, float]]]:
+    """(latents, wall and CPU seconds of each step; the first one has all that comes before it)."""
+    gc.collect()
+    times = [(time.perf_counter(), time.process_time())]
+
+    def told(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        times.append((time.perf_counter(), time.process_time()))
+        return tensors
+
+    latents = run(told)
+    pairs = zip(times, times[1:], strict=False)
+    return latents, [(after[0] - before[0], after[1] - before[1]) for before, after in pairs]
+
+
+def _arguments(case: PeersCase) -> dict[str, Any]:
+    """What both are called with."""
+    words = WORDS * (case.prompt_words // len(WORDS) + 1)
+    return {
+        "prompt": " ".join(words[: case.prompt_words]),
+        "negative_prompt": " ".join(words[::-1][: case.prompt_words]),
+        "height": case.height,
+        "width": case.width,
+        "num_frames": case.num_frames,
+        "num_inference_steps": case.num_steps,
+        "guidance_scale": 5.0,
+        "output_type": "latent",
+    }
+
+
+def _vidgen(case: PeersCase, folder: Path, *, compiled: bool) -> Run:
+    engine = Engine.from_pretrained(folder, dtype="fp32", with_dit=False)
+    engine.load_dit("cpu", compile=compiled)
+    noise = torch.Generator()
+    return lambda told: (
+        engine(
+            **_arguments(case),
+            generator=noise.manual_seed(0),
+            queue={"timetable": "full"},
+            callback_on_step_end=told,
+        ).frames
+    )
+
+
+def _diffusers(case: PeersCase, folder: Path, *, compiled: bool) -> Run:
+    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+
+    pipeline: Any = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if compiled:
+        pipeline.transformer.compile_repeated_blocks()
+    noise = torch.Generator()
+    return lambda told: (
+        pipeline(**_arguments(case), generator=noise.manual_seed(0), callback_on_step_end=told).frames
+    )
+
+
+def _bench_loading(case: PeersCase, folder: Path) -> dict[str, Any]:
+    """Of the rank with the most weights, in a process of its own: shares, and MB."""
+    command = [sys.executable, "-m", "vidgen.bench.peers", str(folder), str(case.num_ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    if done.returncode != 0:
+        raise RuntimeError(f"loading a rank failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def load_fullest_rank(folder: Path, num_ranks: int) -> dict[str, Any]:
+    """What the rank with the most weights reads and needs, in this process.
+
+    The peak is of resident memory, pages of mapped files among it, over what was there before.
+    """
+    family = open_model(str(folder), dtype="fp32")
+    weights, config = family.weights()[0], family.dits[0].config
+    stage = max(balanced(config.num_layers, num_ranks).stages(), key=lambda stage: _num_bytes(config, stage))
+    whole = balanced(config.num_layers, 1).stage(0)
+    strip(config, stage)  # what is loaded on first use is in memory now
+    with _Watched() as memory:
+        placed = place(weights, config, stage, torch.device("cpu"))
+    weight_bytes = _num_bytes(config, stage)
+    assert sum(p.numel() * p.element_size() for p in placed.model.state_dict().values()) == weight_bytes
+    return {
+        "rank": stage.index,
+        "num_ranks": num_ranks,
+        "read": round(placed.bytes_read / _num_bytes(config, whole), 4),
+        "read MB": round(placed.bytes_read / 1e6, 3),
+        "weights MB": round(weight_bytes / 1e6, 3),
+        "peak": round(memory.peak["VmRSS"] / weight_bytes, 4),
+        "peak MB": round(memory.peak["VmRSS"] / 1e6, 3),
+        "peak anonymous MB": round(memory.peak["RssAnon"] / 1e6, 3),
+        "peak of files MB": round(memory.peak["RssFile"] / 1e6, 3),
+    }
+
+
+def _num_bytes(config: DiTConfig, stage: Stage) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in strip(config, stage).state_dict().values()
+    )
+
+
+class _Watched:
+    """Peaks of this process's memory, in bytes above what it was when watching began."""
+
+    def __init__(self) -> None:
+        self.peak: dict[str, int] = {}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "_Watched":
+        gc.collect()
+        self._before = _memory()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._look()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.001):
+            self._look()
+
+    def _look(self) -> None:
+        for name, num_bytes in _memory().items():
+            self.peak[name] = max(self.peak.get(name, 0), num_bytes - self._before[name])
+
+
+def _memory() -> dict[str, int]:
+    """Bytes of resident memory of this process: all, anonymous, pages of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = (line.split() for line in lines if line.startswith(("VmRSS", "RssAnon", "RssFile")))
+    return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(case.threads)
+    torch.set_num_threads(count)
     try:
-        with tempfile.TemporaryDirectory() as place:
-            folder = make_wan(Path(place) / "wan", "t2v", sizes=MID)
-            return _bench_steps(case, folder), _bench_loading(folder)
+        yield
     finally:
         torch.set_num_threads(before)
 
 
-def _bench_steps(case: PeersCase, folder: Path) -> list[dict[str, Any]]:
-    from diffusers.pipelines.wan.pipeline_wan import WanPipeline
+@contextmanager
+def _no_compiled_code_kept(compiles: bool) -> Iterator[None]:
+    """Compiling takes as long as it does the first time."""
+    if not compiles:
+        yield
+        return
+    from torch._inductor.utils import fresh_cache
 
-    pipeline: Any = WanPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    engine = Engine.from_pretrained(folder, dtype="fp32")
-    sides: dict[str, Callable[..., Any]] = {"diffusers": pipeline, "vidgen": engine}
-    if case.compile:
-        sides["vidgen, compiled"] = Engine.from_pretrained(folder, dtype="fp32")
-    stride = engine.family.sizes.spatial_stride
-    shape = (1, engine.config.latent_channels, engine.family.sizes.num_latent_frames(case.num_frames))
-    noise = torch.randn(*shape, case.height // stride, case.width // stride)
-    given = {
-        "prompt": PROMPT, "negative_prompt": NEGATIVE, "height": case.height, "width": case.width,
-        "num_frames": case.num_frames, "guidance_scale": 4.0, "latents": noise, "output_type": "latent",
-    }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    latents: dict[str, Tensor] = {}
-    for reading in range(case.readings + 1):
-        for name, call in sides.items():
-            more = {"compile": True} if "compiled" in name else {}
-            took, latents[name] = _step_seconds(call, {**given, **more})
-            if reading:  # the first warms up, and compiles
-                seconds[name].append(took)
-    theirs = statistics.median(seconds["diffusers"])
-    tokens = noise.shape[2] * noise.shape[3] * noise.shape[4] // 4
-    return [
-        {
-            "what": f"seconds per step, {tokens} tokens",
-            "side": name,
-            "median": round(statistics.median(found), 3),
-            "spread": f"{min(found):.2f}-{max(found):.2f}",
-            "diffusers / this": round(theirs / statistics.median(found), 3),
-            "largest difference": f"{_difference(latents[name], latents['diffusers']):.1e}",
-        }
-        for name, found in seconds.items()
-    ]
-
-
-def _step_seconds(call: Callable[..., Any], given: dict[str, Any]) -> tuple[float, Tensor]:
-    """(seconds from the end of the first step to the end of the second, clean latents after both)."""
-    ends: list[float] = []
-
-    def tell(*_: Any) -> dict[str, Any]:
-        ends.append(time.perf_counter())
-        return {}
-
-    latents = call(num_inference_steps=2, callback_on_step_end=tell, **given).frames
-    return ends[1] - ends[0], latents
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest error, of the expected scale."""
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def _bench_loading(folder: Path) -> list[dict[str, Any]]:
-    """Each of four ranks loads its layers in a process of its own."""
-    rows = []
-    for rank in range(NUM_RANKS):
-        command = [sys.executable, "-m", "vidgen.bench.peers", str(folder), str(rank)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if done.returncode != 0:
-            raise RuntimeError(f"loading rank {rank} failed: {done.stderr.strip()[-500:]}")
-        found = json.loads(done.stdout.splitlines()[-1])
-        rows.append(
-            {
-                "loading": f"rank {rank} of {NUM_RANKS}",
-                "read / all bytes": round(found["bytes_read"] / found["bytes_stored"], 3),
-                "peak memory / weights": round(found["peak_bytes"] / found["weight_bytes"], 3),
-                "MiB of weights": round(found["weight_bytes"] / 2**20, 1),
-            }
-        )
-    return rows
-
-
-def load_once(folder: Path, rank: int) -> dict[str, int]:
-    """What one rank's load reads and takes, in this process."""
-    from vidgen.families.opening import open_model
-    from vidgen.parallel.place import place
-    from vidgen.parallel.topology import balanced
-
-    family = open_model(str(folder), dtype="fp32")
-    config, (weights,) = family.dits[0].config, family.weights()
-    stage = balanced(config.num_layers, NUM_RANKS).stage(rank)
-    _reset_peak()
-    before = _memory_bytes("VmRSS")
-    placed = place(weights, config, stage, torch.device("cpu"))
-    peak = _memory_bytes("VmHWM") - before
-    whole = sum(tensor.numel() * 4 for tensor in family.dits[0].state_dict().values())
-    held = sum(tensor.numel() * 4 for tensor in placed.model.state_dict().values())
-    return {
-        "bytes_read": placed.bytes_read, "bytes_stored": whole, "peak_bytes": peak, "weight_bytes": held
-    }  # fmt: skip
-
-
-def _reset_peak() -> None:
-    """Let VmHWM begin anew at what is held now (proc(5), clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _memory_bytes(name: str) -> int:
-    """A line of /proc/self/status: memory of files that are mapped counts too."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    with fresh_cache():
+        yield
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(load_once(Path(sys.argv[1]), int(sys.argv[2]))) + "\n")
+    sys.stdout.write(json.dumps(load_fullest_rank(Path(sys.argv[1]), int(sys.argv[2]))) + "\n")

@@ -68,6 +68,23 @@ class Conditioning:
     text_BND: Tensor  # image tokens, where there are such, before the text's
 
 
+TEXT_CHUNK = 64  # tokens: texts of about the same length have the same shape, for compiled layers
+
+
+def without_repeats(text_BND: Tensor) -> tuple[int, int]:
+    """(how many tokens are kept of a text, for how many the last of these stands).
+
+    Only where it pays: on a CPU without gradients, and by whole chunks of tokens.
+    """
+    length = text_BND.shape[1]
+    if text_BND.device.type != "cpu" or torch.is_grad_enabled() or length <= TEXT_CHUNK:
+        return length, 1
+    differs_N = (text_BND != text_BND[:, -1:]).any(-1).any(0)
+    distinct = int(differs_N.nonzero().max()) + 2 if differs_N.any() else 1
+    kept = min(length, -(-distinct // TEXT_CHUNK) * TEXT_CHUNK)
+    return kept, length - kept + 1
+
+
 Grid = tuple[int, int, int]  # frames, rows, columns of tokens
 
 
@@ -115,7 +132,7 @@ class DiT(nn.Module):
         """Velocity noise - clean, [B, C, F, Y, X], in the latents' dtype."""
         conditioning = self.condition(noise_level_BF, text_BNT, image_BMI)
         inputs = latents_BCFYX, noise_level_BF, text_BNT, context
-        return self.forward_and_lend(*inputs, conditioning=conditioning)[0]
+        return self.forward_and_lend(*inputs, conditioning=conditioning, lends=False)[0]
 
     def forward_and_lend(
         self,
@@ -127,6 +144,7 @@ class DiT(nn.Module):
         first_frame: int = 0,
         conditioning: Conditioning | None = None,
         attends: Sequence[Attend] | None = None,
+        lends: bool = True,
     ) -> tuple[Tensor, LayerKeyValues]:
         """(velocity of the frames from `first_frame` on, every layer's own keys and values of all frames).
 
@@ -136,7 +154,9 @@ class DiT(nn.Module):
         conditioning = conditioning or self.condition(noise_level_BF, text_BNT)
         grid = self.token_grid(latents_BCFYX.shape)
         x_BFSD = self.embed(latents_BCFYX)
-        x_BFSD, lent = self.run_layers(x_BFSD, conditioning, grid, context or Context(), attends)
+        x_BFSD, lent = self.run_layers(
+            x_BFSD, conditioning, grid, context or Context(), attends, lends=lends
+        )
         out = self.project(x_BFSD[:, first_frame:], conditioning.noise_BFD[:, first_frame:], grid)
         return self.velocity(out, latents_BCFYX[:, :, first_frame:], noise_level_BF[:, first_frame:]), lent
 
@@ -151,7 +171,11 @@ class DiT(nn.Module):
 
         ValueError for image features that are not wanted, are missing, or are of another shape.
         """
-        text_BND = self.text_in(text_BNT.to(self.text_in.out.weight.dtype))
+        text_BNT = text_BNT.to(self.text_in.out.weight.dtype)
+        kept, repeats = without_repeats(text_BNT)
+        text_BND = self.text_in(text_BNT[:, :kept])
+        # padding is the same to the last bit, which `run_layers` makes use of
+        text_BND = torch.cat((text_BND, text_BND[:, -1:].expand(-1, repeats - 1, -1)), dim=1)
         if self.config.image_width is None and image_BMI is None:
             return text_BND
         wanted = (self.config.image_tokens, self.config.image_width or 0)
@@ -198,16 +222,20 @@ class DiT(nn.Module):
         grid: Grid,
         context: Context,
         attends: Sequence[Attend] | None = None,
+        *,
+        lends: bool = True,
     ) -> tuple[Tensor, LayerKeyValues]:
-        """(tokens [B, F, S, D] after the layers at hand, each layer's own keys and values)."""
+        """(tokens [B, F, S, D] after the layers at hand, each layer's own keys and values if it `lends`)."""
         positions = self._positions(grid, context, x_BFSD.device)
-        shared = conditioning.noise_BF6D, conditioning.text_BND, positions
+        text_BND, log_weights_N = self._weighted(conditioning.text_BND, positions.backend)
+        shared = conditioning.noise_BF6D, text_BND, positions
         lent = []
         with attention_backend(positions.backend):  # for `attends`
             for index, layer in enumerate(self.layers):
                 attend = None if attends is None else attends[index]
-                x_BFSD, own = layer(x_BFSD, *shared, *context.layer(index), attend)
-                lent.append(own)
+                x_BFSD, own = layer(x_BFSD, *shared, *context.layer(index), attend, log_weights_N)
+                if lends:
+                    lent.append(own)
         return x_BFSD, tuple(lent)
 
     def set_attention_backend(self, name: str) -> None:
@@ -250,6 +278,20 @@ class DiT(nn.Module):
         """Channels that `project` gives per token."""
         patch_channels = self.config.latent_channels * self.config.patch[0] * self.config.patch[1]
         return 2 * patch_channels if self.config.linear_skip else patch_channels  # correction, gain
+
+    def _weighted(self, text_BND: Tensor, backend: str | None) -> tuple[Tensor, Tensor | None]:
+        """(the tokens that layers attend to, log-weights of the text's among them if any stands for more).
+
+        Wan pads a text to 512 tokens that are all seen. Padding is one token many times over, and attention
+        to n equal tokens is attention to one whose logit is larger by log n.
+        """
+        images = self.config.image_tokens
+        kept, repeats = without_repeats(text_BND[:, images:])
+        if repeats == 1 or backend not in (None, "native"):
+            return text_BND, None
+        log_weights_N = torch.zeros(kept)
+        log_weights_N[-1] = math.log(repeats)
+        return text_BND[:, : images + kept], log_weights_N
 
     def _positions(self, grid: Grid, context: Context, device: torch.device) -> Positions:
         frames, rows, columns = grid

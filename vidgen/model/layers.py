@@ -15,7 +15,8 @@ from torch.nn.functional import gelu, layer_norm, rms_norm, silu
 
 from vidgen.kernels.attention.api import attention
 from vidgen.kernels.attention.layout import BlockLayout
-from vidgen.kernels.modulate.api import norm_modulate
+from vidgen.kernels.attention.native import attend_weighted
+from vidgen.kernels.modulate.api import gate_residual, norm_modulate
 from vidgen.kernels.rope.api import norm_rope
 from vidgen.kernels.rope.reference import rotate
 from vidgen.model.context import KeyValue
@@ -170,16 +171,22 @@ class CrossAttention(nn.Module):
             self.image_key, self.image_value = nn.Linear(width, width), nn.Linear(width, width)
             self.image_key_norm = RMSNorm(width, eps)
 
-    def forward(self, x_BFSD: Tensor, text_BND: Tensor, backend: str | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BFSD: Tensor,
+        text_BND: Tensor,
+        backend: str | None = None,
+        log_weights_N: Tensor | None = None,
+    ) -> Tensor:
         heads = (self.num_heads, -1)
         query_BLHD = self.query_norm(self.query(x_BFSD)).flatten(1, 2).unflatten(-1, heads)
         image_BMD, text_BND = text_BND[:, : self.image_tokens], text_BND[:, self.image_tokens :]
-        attended_BLHD = attention(
-            query_BLHD,
-            self.key_norm(self.key(text_BND)).unflatten(-1, heads),
-            self.value(text_BND).unflatten(-1, heads),
-            backend=backend,
-        )
+        key_BNHD = self.key_norm(self.key(text_BND)).unflatten(-1, heads)
+        value_BNHD = self.value(text_BND).unflatten(-1, heads)
+        if log_weights_N is None:
+            attended_BLHD = attention(query_BLHD, key_BNHD, value_BNHD, backend=backend)
+        else:
+            attended_BLHD = attend_weighted(query_BLHD, key_BNHD, value_BNHD, log_weights_N)
         if self.image_tokens:
             attended_BLHD = attended_BLHD + attention(
                 query_BLHD,
@@ -198,7 +205,11 @@ class FeedForward(nn.Module):
         self.up, self.down = nn.Linear(width, hidden_width), nn.Linear(hidden_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(gelu(self.up(x), approximate="tanh"))
+        hidden = self.up(x)
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            return self.down(gelu(hidden, approximate="tanh"))
+        # in place: the largest tensor of a forward, and fresh memory for it costs more than the GELU
+        return self.down(torch.ops.aten.gelu_(hidden, approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -222,18 +233,22 @@ class Block(nn.Module):
         before: KeyValue | None = None,
         after: KeyValue | None = None,
         attend: Attend | None = None,
+        log_weights_N: Tensor | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """(the tokens after this layer, this layer's own keys and values)."""
-        dtype = self.dtype
+        """(the tokens after this layer, this layer's own keys and values).
+
+        `log_weights_N`: of text tokens that stand for several, how many (see DiT.run_layers).
+        """
         modulation = (self.modulation + conditioning_BF6D.float()).unsqueeze(3)  # [B, F, 6, 1, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
         attended, own = self.self_attention(
             norm_modulate(x_BFSD, scale, shift, self.eps), positions, before, after, attend
         )
-        x_BFSD = (x_BFSD + attended * gate).to(dtype)
-        x_BFSD = x_BFSD + self.cross_attention(self.cross_norm(x_BFSD), text_BND, positions.backend)
+        x_BFSD = gate_residual(x_BFSD, attended, gate)
+        crossed = self.cross_attention(self.cross_norm(x_BFSD), text_BND, positions.backend, log_weights_N)
+        x_BFSD = x_BFSD + crossed
         fed = self.feed_forward(norm_modulate(x_BFSD, ffn_scale, ffn_shift, self.eps))
-        return (x_BFSD + fed * ffn_gate).to(dtype), own
+        return gate_residual(x_BFSD, fed, ffn_gate), own
 
     @property
     def dtype(self) -> torch.dtype:

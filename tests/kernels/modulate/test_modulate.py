@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from vidgen.kernels.modulate import reference
-from vidgen.kernels.modulate.api import gate_residual_norm_modulate, norm_modulate
+from vidgen.kernels.modulate.api import gate_residual, gate_residual_norm_modulate, norm_modulate
 
 Draw = Callable[..., Tensor]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -107,6 +107,28 @@ def test_the_reference_is_the_block_step_by_step_bit_for_bit(draw: Draw):
     assert torch.equal(modulated, stepwise(total, scale, shift, torch.float32))
 
 
+@pytest.mark.parametrize("strides", STRIDES)
+def test_with_and_without_gradients_the_bits_are_the_same(strides: str, draw: Draw):
+    x, branch, gate, scale, shift = STRIDES[strides](inputs(draw, (2, 3, 5, 24), torch.float32))
+    before = x.clone()
+    expected = norm_modulate(x, scale, shift, EPS), gate_residual(x, branch.clone(), gate)
+    assert torch.equal(x, before), "tokens stay as they are"
+    scale.requires_grad_()
+    gate.requires_grad_()
+    for found, without in zip(
+        (norm_modulate(x, scale, shift, EPS), gate_residual(x, branch, gate)), expected, strict=True
+    ):
+        assert found.requires_grad and torch.equal(found, without)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_gated_branch_is_added_in_fp32_and_rounded_once(dtype: torch.dtype, draw: Draw):
+    x, branch, gate, *_ = inputs(draw, (2, 3, 5, 24), dtype)
+    gate = gate.float()  # as modulation is
+    expected = (x.float() + branch.float() * gate).to(dtype)
+    assert torch.equal(gate_residual(x, branch, gate), expected)
+
+
 def test_no_tokens_give_none(draw: Draw):
     scale = draw(2, 3, 1, 8)
     assert norm_modulate(draw(2, 3, 0, 8), scale, scale, EPS, backend="triton").shape == (2, 3, 0, 8)
@@ -127,6 +149,10 @@ def test_what_does_not_fit_is_an_error(draw: Draw):
     x, branch, gate, scale, shift = inputs(draw, (2, 3, 5, 8), torch.float32)
     with pytest.raises(ValueError, match=r"scale \(2, 2, 1, 8\): these tokens need \(2, 3, 1, 8\)"):
         norm_modulate(x, scale[:, 1:], shift, EPS)
+    with pytest.raises(ValueError, match="equal shapes"):
+        gate_residual(x, branch[:1], gate)
+    with pytest.raises(ValueError, match=r"gate \(2, 2, 1, 8\): these tokens need \(2, 3, 1, 8\)"):
+        gate_residual(x, branch, gate[:, 1:])
     with pytest.raises(ValueError, match="equal shapes"):
         gate_residual_norm_modulate(x, branch[:, :, 1:], gate, scale, shift, EPS)
     with pytest.raises(ValueError, match=r"need \[batch, frames, tokens, width\]"):

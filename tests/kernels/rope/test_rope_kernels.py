@@ -114,6 +114,34 @@ def test_the_reference_turns_each_pair_of_channels_by_its_angle(draw: Draw, devi
     torch.testing.assert_close(rotated[..., 1::2], second * cosine + first * sine, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("widths", WIDTHS, ids=widths_id)
+def test_turned_as_complex_numbers_or_written_out_the_bits_are_the_same(
+    widths: tuple[int, int], dtype: torch.dtype, draw: Draw
+):
+    heads, head_width = widths
+    cosines, sines = rotations(GRID, head_width, 100.0, torch.device("cpu"))
+    tokens = draw(2, TOKENS, heads, head_width).to(dtype)
+    moved = torch.cat((tokens.flatten()[:1], tokens.flatten()))[1:].view_as(tokens)  # from an odd address on
+    transposed = tokens.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = tokens.to(torch.promote_types(dtype, torch.float32))
+    written_out = turned(wide, cosines, sines).to(dtype)
+    for given in (tokens, moved, transposed):
+        assert torch.equal(rotate(given, cosines, sines), written_out)
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=widths_id)
+def test_with_and_without_gradients_the_bits_are_the_same(widths: tuple[int, int], draw: Draw):
+    given = inputs(draw, torch.device("cpu"), *widths)
+    before = [values.clone() for values in given]
+    without = norm_rope(*given, widths[0], EPS)
+    assert all(torch.equal(*pair) for pair in zip(given, before, strict=True)), "the inputs stay as they are"
+    given[1].requires_grad_()
+    for found, expected in zip(norm_rope(*given, widths[0], EPS), without, strict=True):
+        assert found is not None and expected is not None
+        assert found.requires_grad and torch.equal(found, expected)
+
+
 def test_no_tokens_give_none(draw: Draw, device: torch.device):
     _, weight, cosines, sines = inputs(draw, device, 3, 10)
     nothing = draw(2, 0, 30)
