@@ -77,13 +77,14 @@ def rows(found: dict[str, Any]) -> list[dict[str, Any]]:
             "spread": f"{row['least']} to {row['most']}",
             "CPU seconds": row["CPU seconds"],
             "max error": row["max error"],
+            "compile s": row["compile s"] or "",
             "ratio": row["speed-up"],
             "target": f">= {targets['speed-up']}" if name == OURS else "",
         }
         for name, row in by_name.items()
     ]
     for what, key in (("share of bytes read by a rank", "read"), ("peak of its load / weights", "peak")):
-        blank = {"spread": "", "CPU seconds": "", "max error": ""}
+        blank = {"spread": "", "CPU seconds": "", "max error": "", "compile s": ""}
         table.append(
             {"what": what, "found": loading[f"{key} MB"], **blank}
             | {"ratio": loading[key], "target": f"<= {targets[key]}"}
