@@ -162,7 +162,9 @@ class StageRun:
         grid, context = self.grid(tokens.shape[1]), self.lending.context(item.run)
         attends = self.attending and self.attending.attends(item.block, item.step, item.run, grid, context)
         with attention_backend(self.backend):
-            tokens, own = self.model_at(item).run_layers(tokens, conditioning, grid, context, attends)
+            tokens, own = self.model_at(item).run_layers(
+                tokens, conditioning, grid, context, attends, lends=self.lending.is_lending
+            )
         self.lending.keep(own, frames_before)
         return tokens
 

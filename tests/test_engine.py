@@ -196,3 +196,19 @@ def test_a_video_begins_with_the_picture_that_is_given(engine: Engine) -> None:
     assert np.abs(frames[:4] - picture).max() < 8
     free = whole(engine, PROMPT, num_frames=16, **SMALL).astype(int)
     assert not np.array_equal(frames[8:], free[8:])
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
+def test_a_picture_may_be_pils_of_any_mode_or_an_array(engine: Engine, mode: str) -> None:
+    from PIL import Image
+
+    picture = Image.new("RGB", (32, 32), (90, 90, 90)).convert(mode)
+    plain = np.asarray(picture.convert("RGB"))
+    settings = {"num_frames": 4, "output_type": "latent", **SMALL}
+    found, expected = (engine(PROMPT, image=image, **settings).frames for image in (picture, plain))
+    assert torch.equal(found, expected)
+
+
+def test_a_last_picture_as_an_array_is_refused_in_one_line_by_who_takes_none(engine: Engine) -> None:
+    with pytest.raises(ValueError, match="this model takes no last frame; leave it out"):
+        engine(PROMPT, last_image=np.zeros((32, 32, 3), np.uint8), num_frames=4, **SMALL)

@@ -85,6 +85,7 @@ def describe(found: dict[str, Any]) -> list[str]:
     settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
     lines.append(f"  a render with: {settings}")
     lines.append(f"  {found['tokens']:,} tokens per forward, {found['forwards']:,} forwards")
+    lines.append(f"  decoding holds {readable(found['decode_bytes'])} beside the codec's weights")
     for rank in found["ranks"]:
         weights, work = readable(rank["weight_bytes"]), readable(rank["work_bytes"])
         lines.append(f"  rank {rank['rank']}: {rank['layers']} layers, {weights} of weights, {work} of work")

@@ -18,7 +18,7 @@ from vidgen.denoise.loop import denoise
 from vidgen.families.family import Decoding, Family, Frames
 from vidgen.families.opening import NO_OFFLOAD, open_model
 from vidgen.model.dit import DiTConfig
-from vidgen.planning import Plan, make_inputs, make_plan, resolve_job
+from vidgen.planning import Plan, make_plan, resolve_job
 from vidgen.sparsity.settings import SparsitySettings
 from vidgen.video import Callback, OutputType, Video, as_output, check_output_type, follow
 
@@ -67,11 +67,14 @@ class Engine:
         """The DiT's sizes."""
         return self.family.dits[0].config
 
-    def load_dit(self, device: str, *, compile: bool = False) -> None:
-        """Read the DiT's weights onto a device, if that was left out; compile its layers if asked."""
+    def load_dit(self, device: str) -> None:
+        """Read the DiT's weights onto a device, if that was left out at first."""
         if self.family.dits[0].device.type == "meta":
             self.family.load_dits(device)
-        if compile and not self._is_compiled:
+
+    def compile(self) -> None:
+        """Compile the DiT's layers, once: faster steps after a slower first one."""
+        if not self._is_compiled:
             self._is_compiled = True
             for dit in self.family.dits:
                 dit.compile_layers()
@@ -148,13 +151,8 @@ class Engine:
             named["negative_prompt"] = GIVEN_NEGATIVE
         job = resolve_job(self.family, parse_job({**named, **settings}), self.sparsity)
         if job.compile:
-            self.load_dit("cpu", compile=True)
-        is_as_in_a_file = all(
-            value is None or (isinstance(value, dict) and not value) for value in given.values()
-        )
-        return make_plan(
-            self.family, job, None if is_as_in_a_file else make_inputs(self.family, job, **given)
-        )
+            self.compile()
+        return make_plan(self.family, job, **given)
 
     def enable_sparsity(self, **settings: Any) -> None:
         """Sparse attention for all jobs from here on that say nothing of their own. See SparsitySettings.

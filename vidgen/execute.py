@@ -48,7 +48,9 @@ class InOneProcess:
     def steps(self, hooks: Hooks) -> Iterator[Step]:
         """See Executor.steps."""
         task = self.plan.task
-        self.engine.load_dit(self.device, compile=self.plan.job.compile)
+        self.engine.load_dit(self.device)
+        if self.plan.job.compile:
+            self.engine.compile()
         state = hooks.load_state()
         decode = self.engine.decoder(hooks.latents_before(blocks_before(task.timetable, state.next_tick)))
         while state.next_tick < task.timetable.num_ticks:

@@ -1,5 +1,6 @@
 """What a checkpoint is, and what a render with it would take of each rank."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,10 +28,8 @@ def inspect_model(job: JobConfig) -> dict[str, Any]:
     cut = job.parallel.layers_per_rank
     topology = by_hand(cut, config.num_layers) if cut else balanced(config.num_layers, ranks)
     strides = (family.sizes.temporal_stride, family.sizes.spatial_stride)
-    work = memory_bytes(job, config, timetable, strides, 0)
     rows, columns = (
-        size // strides[1] // patch
-        for size, patch in zip((job.height, job.width), config.patch, strict=True)
+        size // strides[1] // patch for size, patch in zip((job.height, job.width), config.patch, strict=True)
     )
     frames = min(timetable.block_frames, timetable.num_frames) + timetable.context_frames
     facts = family.facts()
@@ -38,6 +37,7 @@ def inspect_model(job: JobConfig) -> dict[str, Any]:
         "model": family.name,
         **facts,
         "settings": _settings(job),
+        "decode_bytes": family.decode_bytes(job.height, job.width),
         "tokens": frames * rows * columns,
         "forwards": timetable.num_forwards,
         "ranks": [
@@ -45,7 +45,9 @@ def inspect_model(job: JobConfig) -> dict[str, Any]:
                 "rank": stage.index,
                 "layers": len(stage.layers),
                 "weight_bytes": sum(_bytes(strip(dit.config, stage)) for dit in family.dits),
-                "work_bytes": work,
+                "work_bytes": memory_bytes(
+                    job, replace(config, num_layers=len(stage.layers)), timetable, strides, 0
+                ),
             }
             for stage in topology.stages()
         ],

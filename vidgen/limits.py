@@ -34,10 +34,9 @@ def memory_bytes(
     live = min(timetable.num_steps // timetable.stride + 1, timetable.num_blocks)
     lenders = (2 if recompute else live + 2) * context + timetable.anchor_frames
     branches = num_branches(job.guidance_scale or 1.0)
-    lent = (
-        lenders * branches * dit.num_layers * 2 * tokens * dit.width
-        + own * dit.num_layers * 2 * tokens * dit.width
-    )
+    # a forward's own keys and values are collected over all layers, if anybody reads some of them
+    collected = own if context or timetable.anchor_frames else 0
+    lent = (lenders * branches + collected) * dit.num_layers * 2 * tokens * dit.width
     if job.attention.sparsity.policy != "none" and job.attention.sparsity.restores:
         lent += live * branches * dit.num_layers * frames * tokens * (dit.width + 2 * dit.num_heads)
     latents = (live + 3) * own * dit.latent_channels * rows * columns

@@ -22,7 +22,8 @@ def read_pictures(job: JobConfig, image: Any = None, last_image: Any = None) -> 
         first: Frames | None = read_clip(given.video, job.width, job.height, given.video_frames, fps=job.fps)
     else:
         first = _picture(image if image is not None else given.image, job)
-    return Pictures(first=first, last=_picture(last_image or given.last_image, job))
+    last = _picture(last_image if last_image is not None else given.last_image, job)
+    return Pictures(first=first, last=last)
 
 
 def _picture(picture: Any, job: JobConfig) -> Frames | None:
@@ -34,4 +35,6 @@ def _picture(picture: Any, job: JobConfig) -> Frames | None:
         return None
     if isinstance(picture, str | Path):
         return read_image(Path(picture), job.width, job.height)[None]
-    return fit_picture(np.asarray(picture), job.width, job.height)[None]
+    if not isinstance(picture, np.ndarray):
+        picture = np.asarray(picture.convert("RGB"))  # PIL's, whatever its mode
+    return fit_picture(picture, job.width, job.height)[None]

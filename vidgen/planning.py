@@ -110,8 +110,8 @@ def make_inputs(
     return Inputs(texts={**family.encode_texts(texts), **embeds}, given=given)
 
 
-def make_plan(family: Family, job: JobConfig, inputs: Inputs | None = None) -> Plan:
-    """Everything that decides the video of a resolved job; `inputs` are made where they are not given.
+def make_plan(family: Family, job: JobConfig, inputs: Inputs | None = None, **given: Any) -> Plan:
+    """Everything that decides the video of a resolved job; `inputs`, or made by `make_inputs` with `given`.
 
     ValueError in one line for a job that this model cannot do.
     """
@@ -133,7 +133,7 @@ def make_plan(family: Family, job: JobConfig, inputs: Inputs | None = None) -> P
             f"num_frames={job.num_frames} cuts the segments, which hold {timeline.num_frames} frames",
             stacklevel=3,
         )
-    inputs = inputs or make_inputs(family, job)
+    inputs = inputs or make_inputs(family, job, **given)
     task = make_task(
         family.dits[0],
         timetable,
@@ -213,7 +213,9 @@ def _check_memory(family: Family, job: JobConfig, timetable: Timetable) -> None:
         tensor.numel() * tensor.element_size() for dit in family.dits for tensor in dit.state_dict().values()
     )
     strides = (family.sizes.temporal_stride, family.sizes.spatial_stride)
+    assert job.height and job.width
     needed = memory_bytes(job, family.dits[0].config, timetable, strides, weight_bytes)
+    needed += family.decode_bytes(job.height, job.width)
     available = available_memory_bytes()
     if needed > available:
         raise ValueError(

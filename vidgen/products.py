@@ -12,7 +12,7 @@ from vidgen.engine import Engine
 from vidgen.journal import Journal
 from vidgen.media.reading import open_output
 from vidgen.media.segments import replacing
-from vidgen.media.sheet import save_sheet_of
+from vidgen.media.sheet import save_sheet
 from vidgen.planning import Plan
 
 
@@ -40,4 +40,4 @@ def make_sheet(plan: Plan) -> Path | None:
     labels = [segment.prompt for segment in segments for _ in range(segment.num_frames)][: job.num_frames]
     labels += [segments[-1].prompt] * (job.num_frames - len(labels))
     with open_output(job.output.path, job.fps, job.num_frames) as frames:
-        return save_sheet_of(frames, target, labels=labels)
+        return save_sheet(frames, target, labels=labels)

@@ -183,7 +183,7 @@ class _Run:
     def _latents_before(self, block: int) -> Tensor | None:
         """As many latents before a block as a decoder needs to go on with it exactly; None for none."""
         found: list[Tensor] = []
-        needed = self.engine.family.codec().warm_up_frames if block else 0
+        needed = self.engine.family.warm_up_frames
         while block > 0 and sum(latents.shape[2] for latents in found) < needed:
             block -= 1
             found.insert(0, self.journal.load_latents(block))

@@ -279,3 +279,24 @@ def test_a_text_is_placed_and_projected_once(mode: GuidanceMode, task: MakeTask)
     assert [one is other for one, other in zip(first, again, strict=True)] == [True] * made.runs_per_forward
     one, other = (made.conditioning(0, (1.0,), first[0]).text_BND for _ in range(2))
     assert one is other
+
+
+@pytest.mark.parametrize(("timetable", "collected"), [(full(4, 2), 0), (QUEUES["no-context"], 0), (BASE, 12)])
+def test_keys_and_values_are_collected_only_where_somebody_reads_them(
+    timetable: Timetable, collected: int, task: MakeTask, monkeypatch: pytest.MonkeyPatch
+):
+    """Those of all layers at once are the largest thing that a forward could keep."""
+    made, lent = task(timetable), []
+    plain = type(made.model).run_layers
+
+    def run_layers(*arguments: Any, **options: Any) -> Any:
+        tokens, own = plain(*arguments, **options)
+        lent.append(len(own))
+        return tokens, own
+
+    monkeypatch.setattr(type(made.model), "run_layers", run_layers)
+    list(denoise(made))
+    assert len(lent) == timetable.num_forwards
+    num_lending = sum(bool(f.lends) for tick in timetable.ticks() for f in tick)
+    assert sum(lent) == num_lending * made.model.config.num_layers
+    assert bool(collected) == bool(num_lending)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from vidgen.config import JobConfig, parse_job
 from vidgen.engine import Engine
 from vidgen.families.family import as_pixels
+from vidgen.inspection import inspect_model
 from vidgen.media.reading import open_output
 from vidgen.render import Interrupted, render, resume
 
@@ -170,3 +171,22 @@ def test_a_lora_changes_the_video_and_its_absence_is_one_line(folder: Any, tmp_p
     with pytest.raises(ValueError, match=r"none\.safetensors") as caught:
         render(job(folder("t2v"), tmp_path / "d.mp4", loras=[str(tmp_path / "none.safetensors")]))
     assert "\n" not in str(caught.value) and not (tmp_path / "d.job").exists()
+
+
+@pytest.mark.parametrize("kind", ["t2v", "ti2v"])
+def test_what_planning_asks_of_the_codec_needs_no_weights(kind: Any, folder: Any, tmp_path: Path):
+    root = shutil.copytree(folder(kind), tmp_path / "model")
+    whole = Engine.from_pretrained(folder(kind), with_dit=False).family.codec()
+    (root / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    family = Engine.from_pretrained(root, with_dit=False).family
+    assert family.warm_up_frames == whole.warm_up_frames > 0
+    assert family.decode_bytes(64, 64) > 64 * 64 * 3 * 4
+
+
+def test_a_rank_is_told_the_memory_of_its_own_layers(folder: Any):
+    settings = {**BASE, "model": str(folder("t2v"))}
+    one = inspect_model(parse_job(settings))
+    three = inspect_model(parse_job({**settings, "parallel": {"ranks": 3}}))
+    assert sum(rank["layers"] for rank in three["ranks"]) == one["ranks"][0]["layers"] == 3
+    assert sum(rank["weight_bytes"] for rank in three["ranks"]) == one["ranks"][0]["weight_bytes"]
+    assert max(rank["work_bytes"] for rank in three["ranks"]) < one["ranks"][0]["work_bytes"]

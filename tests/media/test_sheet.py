@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vidgen.media.sheet import GAP_PX, LINE_PX, contact_sheet, save_sheet, save_sheet_of
+from vidgen.media.sheet import GAP_PX, LINE_PX, contact_sheet, save_sheet
 
 
 def tile_at(sheet: Image.Image, row: int, column: int, height: int, width: int, num_lines: int) -> np.ndarray:
@@ -56,15 +56,6 @@ def test_wrong_arguments_are_refused(moving_square):
         contact_sheet(moving_square(4), num_columns=0)
 
 
-def test_a_sheet_of_blocks_is_the_sheet_of_all_frames(moving_square, tmp_path):
-    frames = moving_square(20)
-    blocks, labels = [frames[:7], frames[7:8], frames[8:]], ["fox"] * 20
-    target = save_sheet(blocks, 20, tmp_path / "sheets" / "video.png", num_tiles=8, labels=labels)
-    with Image.open(target) as sheet:
-        found = np.asarray(sheet)
-    assert np.array_equal(found, np.asarray(contact_sheet(frames, num_tiles=8, labels=labels)))
-
-
 class Counted:
     """Frames to be had by index, and which were asked for."""
 
@@ -78,7 +69,7 @@ class Counted:
 
 def test_a_sheet_of_pictures_reads_only_the_frames_that_it_shows(moving_square, tmp_path):
     pictures = Counted(moving_square(101))
-    target = save_sheet_of(pictures, tmp_path / "sheets" / "video.png", num_tiles=5, num_columns=3)
+    target = save_sheet(pictures, tmp_path / "sheets" / "video.png", num_tiles=5, num_columns=3)
     assert pictures.asked == [0, 25, 50, 75, 100]
     with Image.open(target) as sheet:
         found = np.asarray(sheet)
@@ -88,5 +79,5 @@ def test_a_sheet_of_pictures_reads_only_the_frames_that_it_shows(moving_square, 
 def test_wrong_arguments_are_refused_before_anything_is_read(moving_square, tmp_path):
     pictures = Counted(moving_square(4))
     with pytest.raises(ValueError, match="2 labels for 4 frames"):
-        save_sheet_of(pictures, tmp_path / "sheet.png", labels=["a", "b"])
+        save_sheet(pictures, tmp_path / "sheet.png", labels=["a", "b"])
     assert not pictures.asked and not list(tmp_path.iterdir())

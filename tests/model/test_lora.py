@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vidgen.bench.random_wan import make_transformer, read_json
+from vidgen.bench.random_wan import make_transformer
+from vidgen.families.wan_folder import read_json
 from vidgen.model.dit import DiT, DiTConfig
 from vidgen.model.dtypes import FP8, quantise
 from vidgen.model.lora import Lora

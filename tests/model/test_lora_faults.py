@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vidgen.bench.random_wan import Kind, make_transformer, read_json
+from vidgen.bench.random_wan import Kind, make_transformer
+from vidgen.families.wan_folder import read_json
 from vidgen.model.dit import DiT
 from vidgen.model.lora import Lora
 from vidgen.model.wan import dit_config

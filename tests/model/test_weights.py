@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vidgen.bench.random_wan import TINY, Kind, make_transformer, read_json
+from vidgen.bench.random_wan import TINY, Kind, make_transformer
+from vidgen.families.wan_folder import read_json
 from vidgen.model.dit import DiT, DiTConfig
 from vidgen.model.dtypes import FP8, quantise
 from vidgen.model.tensor_files import open_tensors
@@ -226,9 +227,8 @@ def peak_over_size(dtype, only=""):
 
     def watch():
         nonlocal peak
-        while not done.is_set():
+        while not done.wait(0.0005):
             peak = max(peak, anonymous_bytes())
-            time.sleep(0.0005)
 
     thread = threading.Thread(target=watch)
     thread.start()

@@ -155,8 +155,9 @@ def _arguments(case: PeersCase) -> dict[str, Any]:
 
 
 def _vidgen(case: PeersCase, folder: Path, *, compiled: bool) -> Run:
-    engine = Engine.from_pretrained(folder, dtype="fp32", with_dit=False)
-    engine.load_dit("cpu", compile=compiled)
+    engine = Engine.from_pretrained(folder, dtype="fp32")
+    if compiled:
+        engine.compile()
     noise = torch.Generator()
     return lambda told: (
         engine(

@@ -3,7 +3,6 @@
 Every folder is what diffusers' `save_pretrained` of the family's pipeline writes; only the sizes are smaller.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -174,8 +173,3 @@ def _image_processor() -> Any:
     from transformers import CLIPImageProcessor
 
     return CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A config file of the folder."""
-    return json.loads(path.read_text())

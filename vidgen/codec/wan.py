@@ -42,6 +42,11 @@ def wan_codec_sizes(path: Path) -> CodecSizes:
     return sizes_of(read_config(path))
 
 
+def wan_warm_up_frames(path: Path) -> int:
+    """See Codec.warm_up_frames; reads no weights."""
+    return decoder_stages(empty_vae(read_config(path)).decoder)[0].reach
+
+
 def wan_decode_bytes(
     path: Path,
     height: int,

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vidgen.conditioning.umt5 import (
+from vidgen.conditioning.pretrained import (
     Native,
     count_layers,
     load_native,

@@ -98,6 +98,12 @@ class Lending:
         self._forward = forward
         self._kept = {lend.to: [] for lend in forward.lends}
 
+    @property
+    def is_lending(self) -> bool:
+        """Whether anybody will read keys and values of this forward."""
+        assert self._forward is not None
+        return bool(self._forward.lends)
+
     def context(self, branch: int) -> Context:
         """Keys and values around a window: anchor and cached frames before it, the next block's after it."""
         forward = self._forward

@@ -203,6 +203,7 @@ def run_forward(
             text,
             context,
             first_frame=window.frames_before,
+            lends=lending.is_lending,
             conditioning=task.conditioning(forward.step, window.levels, text),
             attends=attending and attending.attends(forward.block, forward.step, run, grid, context),
         )

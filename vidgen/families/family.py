@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,7 +33,6 @@ class Family(Protocol):
     """One checkpoint. Its DiTs lie on the meta device until `load_dits`."""
 
     name: str
-    checkpoint: Path
     dits: tuple[DiT, ...]  # the experts in the order of their steps; mostly one
     sizes: CodecSizes
     recommended: Recommended
@@ -70,6 +68,15 @@ class Family(Protocol):
         """What a process of its own makes a decoder of; plain data. It takes the latents to warm up with."""
         ...
 
+    @property
+    def warm_up_frames(self) -> int:
+        """See Codec.warm_up_frames; known without the codec."""
+        ...
+
+    def decode_bytes(self, height: int, width: int) -> int:
+        """What decoding holds at once, of frames of this size; nothing is loaded for it."""
+        ...
+
     def warn(self, prompts: Sequence[str]) -> None:
         """Warnings for what the model will not understand."""
         ...
@@ -97,7 +104,7 @@ class Decoding:
     """Turns the latents of one block after the other into frames."""
 
     def __init__(self, codec: Codec, warm_up: Tensor | None = None) -> None:
-        self._codec, self._stream = codec, codec.stream()
+        self._stream = codec.stream()
         if warm_up is not None:
             self._stream.warm_up(warm_up)
 

@@ -79,6 +79,15 @@ class SmallFamily:
         """See Family.load_decode."""
         return partial(_load_decode, self.checkpoint.absolute())
 
+    @property
+    def warm_up_frames(self) -> int:
+        """See Family.warm_up_frames."""
+        return self.model.codec.warm_up_frames
+
+    def decode_bytes(self, height: int, width: int) -> int:
+        """See Family.decode_bytes: a few copies of the pixels, which every estimate has."""
+        return 0
+
     def warn(self, prompts: Sequence[str]) -> None:
         """Warn of words that the model does not know."""
         for prompt in dict.fromkeys(prompts):

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from vidgen.codec.protocol import Codec
-from vidgen.codec.wan import load_wan_codec, wan_codec_sizes
-from vidgen.conditioning.clip import clip_source, encode_images
-from vidgen.conditioning.umt5 import TextCache, encode_prompts, text_source
+from vidgen.codec.wan import load_wan_codec, wan_codec_sizes, wan_decode_bytes, wan_warm_up_frames
+from vidgen.conditioning.clip import encode_images
+from vidgen.conditioning.umt5 import TextCache, encode_prompts
 from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.multistep import SolverName, make_solver
 from vidgen.denoise.solver import Solver
 from vidgen.families.family import Decoding, LoadDecode, Pictures, as_pixels
 from vidgen.families.wan_defaults import recommended
-from vidgen.families.wan_folder import WanFolder, fingerprint, read_folder
+from vidgen.families.wan_folder import WanFolder, read_folder
 from vidgen.model.dit import DiT
 from vidgen.model.dtypes import DType
 from vidgen.model.lora import Lora
+from vidgen.model.tensor_files import fingerprint
 from vidgen.model.wan import dit_config
 from vidgen.model.weights import WanWeights, Weights
 from vidgen.sections import LoraConfig, OffloadConfig
@@ -43,7 +44,7 @@ class WanFamily:
         text_cache: Path | None,
     ) -> None:
         self.folder: WanFolder = read_folder(root)
-        self.name, self.checkpoint = str(root), root
+        self.name = str(root)
         self.dtype: DType = dtype or "bf16"
         has_clip = self.folder.image is not None
         configs = [
@@ -79,7 +80,7 @@ class WanFamily:
             return {}
         device = _device(self.offload.encoders)
         return encode_prompts(
-            text_source(self.folder.root),
+            self.folder.text,
             prompts,
             device=device,
             dtype=self._encoder_dtype,
@@ -117,6 +118,15 @@ class WanFamily:
     def load_decode(self) -> LoadDecode:
         """See Family.load_decode."""
         return partial(_load_decode, self.folder.codec.absolute(), self.tile)
+
+    @property
+    def warm_up_frames(self) -> int:
+        """See Family.warm_up_frames."""
+        return wan_warm_up_frames(self.folder.codec)
+
+    def decode_bytes(self, height: int, width: int) -> int:
+        """See Family.decode_bytes."""
+        return wan_decode_bytes(self.folder.codec, height, width)
 
     def warn(self, prompts: Sequence[str]) -> None:
         """See Family.warn: any text will do."""
@@ -189,7 +199,7 @@ class WanFamily:
         assert pictures.first is not None
         images = [pictures.first[-1], *([] if pictures.last is None else [pictures.last[0]])]
         device = _device(self.offload.encoders)
-        return encode_images(clip_source(self.folder.root), images, device=device, dtype=self._encoder_dtype)
+        return encode_images(self.folder.image, images, device=device, dtype=self._encoder_dtype)
 
 
 def _without_tail(channels_CFYX: Tensor) -> Tensor:

@@ -3,19 +3,17 @@
 Sources: github.com/Wan-Video/Wan2.1 and Wan2.2, huggingface.co/Wan-AI, for names; sizes are in config files.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vidgen.conditioning.clip import ClipSource, clip_source
+from vidgen.conditioning.umt5 import TextSource, text_source
+
 Format = Literal["diffusers", "native"]
 Kind = Literal["t2v", "i2v", "flf2v", "ti2v"]
-WEIGHTS = "diffusion_pytorch_model"
-NATIVE_TEXT, NATIVE_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
-NATIVE_IMAGE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 NATIVE_CODECS = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
-SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +25,9 @@ class WanFolder:
     kind: Kind
     transformers: tuple[Path, ...]
     codec: Path
-    text: Path
-    tokenizer: Path
-    image: Path | None  # CLIP
+    text: TextSource
+    image: ClipSource | None
     boundary: float | None
-    pins_frames: bool  # takes a first frame as clean latents of its own
     scheduler: dict[str, Any] | None
 
     def configs(self) -> list[dict[str, Any]]:
@@ -40,11 +36,12 @@ class WanFolder:
 
     def files(self) -> list[Path]:
         """All that decides a frame, for fingerprints."""
-        parts = [*self.transformers, self.codec, self.text, self.tokenizer, self.image]
+        parts = [*self.transformers, self.codec, self.text.weights, self.text.tokenizer]
+        if self.image is not None:
+            parts.append(self.image.weights)
         found = [self.root / "model_index.json"]
         for part in parts:
-            if part is not None:
-                found += sorted(part.glob("*")) if part.is_dir() else [part]
+            found += sorted(part.glob("*")) if part.is_dir() else [part]
         return [path for path in found if path.is_file()]
 
 
@@ -58,20 +55,6 @@ def read_folder(root: Path) -> WanFolder:
         f"model={root}: no checkpoint of Wan here; need model_index.json (diffusers), or config.json or "
         "high_noise_model/ (Wan's own)"
     )
-
-
-def fingerprint(files: list[Path], root: Path) -> str:
-    """SHA-256 over names, sizes and samples of the contents: tens of gigabytes are not read."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        name = path.relative_to(root) if path.is_relative_to(root) else path.name
-        digest.update(f"{name} {size}\n".encode())
-        with path.open("rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,8 +82,7 @@ def _diffusers(root: Path) -> WanFolder:
         return (index.get(part) or [None])[0] is not None
 
     transformers = [root / part for part in ("transformer", "transformer_2") if has(part)]
-    has_image = has("image_encoder")
-    pins_frames = bool(index.get("expand_timesteps"))
+    pins_frames = bool(index.get("expand_timesteps"))  # a known first frame is clean, at level 0
     config = read_json(_there(transformers[0], root) / "config.json") if transformers else {}
     kind: Kind = "ti2v" if pins_frames else "i2v" if pipeline == "WanImageToVideoPipeline" else "t2v"
     if config.get("pos_embed_seq_len"):
@@ -111,11 +93,9 @@ def _diffusers(root: Path) -> WanFolder:
         kind=kind,
         transformers=tuple(_there(folder, root) for folder in transformers),
         codec=_there(root / "vae", root),
-        text=_there(root / "text_encoder", root),
-        tokenizer=_there(root / "tokenizer", root),
-        image=_there(root / "image_encoder", root) if has_image else None,
+        text=text_source(root),
+        image=clip_source(root) if has("image_encoder") else None,
         boundary=index.get("boundary_ratio") if len(transformers) > 1 else None,
-        pins_frames=pins_frames,
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
     )
 
@@ -141,11 +121,9 @@ def _native(root: Path) -> WanFolder:
         kind=kinds[given],
         transformers=tuple(transformers),
         codec=codecs[0],
-        text=_there(root / NATIVE_TEXT, root),
-        tokenizer=_there(root / NATIVE_TOKENIZER, root),
-        image=_there(root / NATIVE_IMAGE, root) if has_clip else None,
+        text=text_source(root),
+        image=clip_source(root) if has_clip else None,
         boundary=(0.875 if is_text else 0.9) if len(transformers) > 1 else None,
-        pins_frames=kinds[given] == "ti2v",
         scheduler=None,
     )
 

@@ -4,7 +4,7 @@
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -60,15 +60,6 @@ def open_output(path: Path, fps: Fraction | float, num_frames: int | None = None
         picture=lambda index: source.frames([index])[0],
         close=source.close,
     )
-
-
-def output_frames(
-    path: Path, fps: Fraction | float, num_frames: int | None = None
-) -> Iterator[NDArray[np.uint8]]:
-    """Every frame [H, W, 3] of a finished output in order, one in memory at a time; see `open_output`."""
-    with open_output(path, fps, num_frames) as output:
-        for index in range(output.num_frames):
-            yield output.picture(index)
 
 
 def _of_pictures(folder: Path) -> Output:

@@ -2,7 +2,7 @@
 
 # F frames, H height, W width; pictures are uint8 RGB
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -46,25 +46,6 @@ def contact_sheet(
 
 
 def save_sheet(
-    blocks: Iterable[NDArray[np.uint8]],
-    num_frames: int,
-    target: Path,
-    *,
-    num_columns: int = 8,
-    num_tiles: int = 32,
-    labels: Sequence[str] | None = None,
-) -> Path:
-    """The contact sheet of frames that come block by block, [F, H, W, 3] each and `num_frames` in all."""
-    indices = _even_indices(num_frames, num_tiles)
-    shown, first = [], 0
-    for block in blocks:
-        shown += [block[i - first] for i in indices if first <= i < first + len(block)]
-        first += len(block)
-    sheet = _compose(np.stack(shown), indices, num_columns, _labels_at(indices, labels, num_frames))
-    return _save(sheet, target)
-
-
-def save_sheet_of(
     pictures: Pictures,
     target: Path,
     *,

@@ -3,6 +3,7 @@
 # F frames, H height, W width; pictures are uint8 RGB
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -88,8 +89,6 @@ def _open(listing: Listing, backend: Backend) -> DecordReader | AvReader:
     if backend == "decord":
         return DecordReader(listing)
     if backend == "auto" and find_spec("decord"):
-        try:
+        with suppress(ValueError):  # PyAV reads it
             return DecordReader(listing)
-        except ValueError:  # PyAV reads it
-            pass
     return AvReader(listing)

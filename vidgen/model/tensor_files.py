@@ -4,10 +4,11 @@ Formats: safetensors (github.com/huggingface/safetensors), one file or shards wi
 pickles, of which nothing but tensors is taken.
 """
 
+import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of a file, for its fingerprint
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -50,6 +52,20 @@ class StoredTensor:
             self.fill(target)
         else:
             target.copy_(self.read().view(target.shape))
+
+
+def fingerprint(files: Iterable[Path], root: Path) -> str:
+    """SHA-256 over names, sizes and samples of the contents: small files whole, tens of gigabytes not."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        name = path.relative_to(root) if path.is_relative_to(root) else path.name
+        digest.update(f"{name} {size}\n".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
