@@ -71,6 +71,7 @@ class Coordinator:
         waiting: list[LoopState] = []
         ticks_done = state.next_tick
         while True:
+            hooks.check()
             news = gang.look(stop=hooks.should_stop(), committed_blocks=hooks.committed_blocks())
             for decoded in news.decoded:
                 assert decoded.block == num_decoded, f"block {decoded.block} came instead of {num_decoded}"

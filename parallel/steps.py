@@ -45,3 +45,4 @@ class Hooks:
     should_stop: Callable[[], bool]
     note: Callable[[str], None]  # a line for people: a rank was lost, a new attempt begins
     placed: Callable[[list[dict[str, Any]]], None]  # where an attempt's processes run
+    check: Callable[[], None] = lambda: None  # called before every forward: an error from it ends the render

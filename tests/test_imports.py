@@ -71,6 +71,7 @@ ROOMS: dict[str, Room] = {
     ),
     "vidgen.video": Room(engine=("vidgen.denoise",)),
     "vidgen.inspection": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
+    "vidgen.live": Room(engine=("vidgen.engine", "vidgen.media")),
     "vidgen.journal": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config", "vidgen.media")),
     "vidgen.limits": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config")),
     "vidgen.parallel": Room(engine=(*MATH, "vidgen.denoise"), outside=BARE, alone=True),

@@ -60,7 +60,7 @@ class InOneProcess:
                     latents=finished.latents_BCFYX.cpu(),
                     frames=decode(finished.latents_BCFYX),
                 )
-                for finished in run_tick(task, state)
+                for finished in run_tick(task, state, hooks.check)
             ]
             stop = hooks.should_stop()
             is_saved = stop or state.next_tick % self.plan.job.state_every == 0

@@ -7,7 +7,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from vidgen.conditioning.prompts import BlockTexts, PromptChange
 from vidgen.config import JobConfig, override_parallel
 from vidgen.engine import Engine
-from vidgen.execute import Executor, check_parallel, executor
+from vidgen.execute import Executor, InOneProcess, check_parallel, executor
 from vidgen.journal import Journal, hold
+from vidgen.live import UNATTENDED, Live
 from vidgen.media.blocks import WrittenBlock
 from vidgen.media.segments import write_atomically
 from vidgen.media.sink import Sink, open_sink, upscale
@@ -57,15 +59,17 @@ def render(
     report: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
+    live: Live = UNATTENDED,
 ) -> Rendered:
     """Render a new job. ValueError in one line, and nothing on disk, for one that cannot be done.
 
     `folder` is the job's; by default it stands beside the output. `report` is called at the start and after
     every tick, `note` with a line for people when something went wrong and was mended; `should_stop` is asked
-    after a tick, and when true the job is left resumable and Interrupted raised.
+    after a tick, and when true the job is left resumable and Interrupted raised. `live` is for those who
+    watch and change a render while it runs.
     """
     folder = folder or config.output.path.with_suffix(".job")
-    engine = _engine(config)
+    engine = live.engine or load_engine(config)
     check_parallel(config.parallel, engine.config.num_layers)
     plan = engine.plan(config)
     check_places(plan, folder, overwrite)
@@ -84,7 +88,7 @@ def render(
             journal.note("model_sha256", engine.sha256())
             journal.save_inputs(plan.inputs)
             try:
-                run = _Run(engine, plan, journal, ticks)
+                run = _Run(engine, plan, journal, ticks, live)
             except (ValueError, OSError):
                 for path in made:
                     if path is not None:
@@ -100,6 +104,7 @@ def resume(
     report: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
+    live: Live = UNATTENDED,
 ) -> Rendered:
     """Go on with a job where it stopped, to the frames that it would have had. See `render`.
 
@@ -107,16 +112,27 @@ def resume(
     """
     with Journal(folder) as journal:
         job = override_parallel(journal.job, parallel or {})
-        engine = _engine(job)
+        engine = live.engine or load_engine(job)
         check_parallel(job.parallel, engine.config.num_layers)
         if journal.fact("model_sha256") not in (None, engine.sha256()):
             raise ValueError(f"{folder}: model={job.model} has changed since; start the job anew")
         plan = engine.plan(job, journal.load_inputs())
         with executor(engine, plan, folder) as ticks, _torch_threads(plan):
-            return _Run(engine, plan, journal, ticks).to_the_end(report, note, should_stop)
+            return _Run(engine, plan, journal, ticks, live).to_the_end(report, note, should_stop)
 
 
-def _engine(job: JobConfig) -> Engine:
+def finish_early(folder: Path, *, live: Live = UNATTENDED) -> Rendered:
+    """Make the output of a stopped job from the blocks that it has, and call it finished.
+
+    ValueError when it has none.
+    """
+    with Journal(folder) as journal:
+        engine = live.engine or load_engine(journal.job)
+        plan = engine.plan(journal.job, journal.load_inputs())
+        return _Run(engine, plan, journal, None, live).finish()
+
+
+def load_engine(job: JobConfig) -> Engine:
     """The job's model, without its DiT's weights."""
     return Engine.from_pretrained(
         job.model, dtype=job.dtype, loras=job.loras, tile=job.tile, offload=job.offload,
@@ -127,8 +143,12 @@ def _engine(job: JobConfig) -> Engine:
 class _Run:
     """One process's part of a job: opens the sink, commits what the ticks give, makes the output."""
 
-    def __init__(self, engine: Engine, plan: Plan, journal: Journal, ticks: Executor) -> None:
-        self.engine, self.plan, self.journal, self.ticks = engine, plan, journal, ticks
+    def __init__(
+        self, engine: Engine, plan: Plan, journal: Journal, ticks: Executor | None, live: Live
+    ) -> None:
+        self.engine, self.plan, self.journal, self.ticks, self.live = engine, plan, journal, ticks, live
+        for change in journal.fact("changes") or []:
+            self._change(PromptChange(**change))
         self.started = time.monotonic()
         self.first_frame_s: float | None = None
         self.note: Callable[[str], None] = lambda text: None
@@ -154,6 +174,7 @@ class _Run:
         should_stop: Callable[[], bool],
     ) -> Rendered:
         """Run the ticks that are left. Interrupted when asked to stop before the last."""
+        assert self.ticks is not None
 
         def log(text: str) -> None:
             self.journal.log(text)
@@ -169,16 +190,45 @@ class _Run:
             should_stop=should_stop,
             note=log,
             placed=self.journal.place,
+            check=self.live.check,
         )
         try:
             for step in self.ticks.steps(hooks):
                 if self._take(step):
                     report(self._progress())
+                self._direct()
         finally:
             self._keep_evidence()
         if self.ticks_done < self.plan.task.timetable.num_ticks:
             raise Interrupted(str(self.journal.folder))
-        return self._finish()
+        return self.finish()
+
+    def _direct(self) -> None:
+        """Change the prompt of blocks that are not admitted yet, as those wish who watch."""
+        timetable = self.plan.task.timetable
+        first = -(-self.ticks_done // timetable.stride)
+        for wish in self.live.wishes():
+            if not isinstance(self.ticks, InOneProcess):
+                self.live.refused(wish, "the prompt of a render on ranks cannot be changed")
+                continue
+            if first >= timetable.num_blocks:
+                self.live.refused(wish, "the last block is being made already")
+                continue
+            change = PromptChange(
+                prompt=wish.prompt, first_block=first, transition_blocks=wish.transition_blocks
+            )
+            self._change(change)
+            kept = [*(self.journal.fact("changes") or []), asdict(change)]
+            self._with_room(lambda kept=kept: self.journal.note("changes", kept))
+            self.live.applied(wish, self.plan.first_frame(timetable.block(first)))
+
+    def _change(self, change: PromptChange) -> None:
+        texts = self.plan.task.texts
+        assert isinstance(texts, BlockTexts)
+        if change.prompt not in texts.encoded:
+            self.engine.family.warn([change.prompt])
+            texts.encoded |= self.engine.family.encode_texts([change.prompt])
+        texts.timeline.change(change)
 
     def _latents_before(self, block: int) -> Tensor | None:
         """As many latents before a block as a decoder needs to go on with it exactly; None for none."""
@@ -191,6 +241,7 @@ class _Run:
 
     def _compare_device(self) -> None:
         """Remember the device of a new job; say so when a job goes on on another one."""
+        assert self.ticks is not None
         device, before = self.ticks.device, self.journal.fact("device")
         if before is None:
             self.journal.note("device", device)
@@ -226,13 +277,15 @@ class _Run:
                         f"it and go on later with: vidgen resume {self.journal.folder}"
                     )
                 is_waiting = True
+                self.live.check()
                 time.sleep(RETRY_EVERY_S)
                 continue
             if is_waiting:
                 self.note("there is room again, going on")
             return made
 
-    def _finish(self) -> Rendered:
+    def finish(self) -> Rendered:
+        """Make the output from the blocks that there are."""
         job = self.plan.job
         output = self._with_room(self.sink.finish)
         latents = job.output.save_latents
@@ -247,11 +300,12 @@ class _Run:
             job=job,
             seconds=time.monotonic() - self.started,
             first_frame_s=self.first_frame_s,
-            evidence=self.ticks.evidence(),
+            evidence=None if self.ticks is None else self.ticks.evidence(),
         )
 
     def _keep_evidence(self) -> None:
         """Add what running took to JOB/evidence.json, a list with an entry per process."""
+        assert self.ticks is not None
         evidence, path = self.ticks.evidence(), self.journal.folder / "evidence.json"
         if evidence is None:
             return
@@ -281,6 +335,7 @@ class _Run:
         first_frame = self.plan.first_frame(block)
         record = self._with_room(lambda: self.sink.write(frames, first_frame=first_frame, block=block.index))
         self._with_room(lambda: self.journal.commit(record, digest))
+        self.live.committed(record)
 
     def _progress(self) -> Progress:
         timetable, num_frames = self.plan.task.timetable, self.plan.job.num_frames

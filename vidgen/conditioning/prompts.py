@@ -18,6 +18,15 @@ class Blend:
     weight: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptChange:
+    """From this block on another prompt holds, blended in over so many blocks."""
+
+    prompt: str
+    first_block: int
+    transition_blocks: int = 0
+
+
 class Timeline:
     """Segments of prompts laid over blocks. A change takes effect at the first block that starts after it.
 
@@ -34,24 +43,26 @@ class Timeline:
     ) -> None:
         if not segments:
             raise ValueError("no prompt: give a prompt or at least one segment")
-        self.segments, self.transition_blocks = segments, transition_blocks
-        self._first_blocks: list[int] = []
+        self.segments = segments
+        first_blocks: list[int] = []
         start = 0
         for index, segment in enumerate(segments):
             if segment.num_frames < 1:
                 raise ValueError(f"segment {index + 1} has num_frames={segment.num_frames}: need at least 1")
-            previous = self._first_blocks[-1] if self._first_blocks else 0
-            self._first_blocks.append(next(b for b in count(previous) if first_frame(b) >= start))
+            previous = first_blocks[-1] if first_blocks else 0
+            first_blocks.append(next(b for b in count(previous) if first_frame(b) >= start))
             start += segment.num_frames
-        for index, (first, following) in enumerate(
-            zip(self._first_blocks, self._first_blocks[1:], strict=False)
-        ):
+        for index, (first, following) in enumerate(zip(first_blocks, first_blocks[1:], strict=False)):
             if first == following:
                 block_pixels = first_frame(first + 1) - first_frame(first)
                 raise ValueError(
                     f"segment {index + 1} ({segments[index].num_frames} frames) holds no start of a block of "
                     f"{block_pixels} frames, so it would never be seen; make it at least that long"
                 )
+        self._changes = [
+            PromptChange(prompt=segment.prompt, first_block=first, transition_blocks=transition_blocks)
+            for first, segment in zip(first_blocks, segments, strict=True)
+        ]
 
     @property
     def num_frames(self) -> int:
@@ -59,12 +70,18 @@ class Timeline:
 
     def blend(self, block: int) -> Blend:
         """The text of a block."""
-        current = max(i for i, first in enumerate(self._first_blocks) if first <= block)
-        new = self.segments[current].prompt
-        since = block - self._first_blocks[current]
-        if current == 0 or since >= self.transition_blocks:
-            return Blend(new, new, 1.0)
-        return Blend(self.segments[current - 1].prompt, new, (since + 1) / (self.transition_blocks + 1))
+        current = max(i for i, change in enumerate(self._changes) if change.first_block <= block)
+        change = self._changes[current]
+        since = block - change.first_block
+        if current == 0 or since >= change.transition_blocks:
+            return Blend(change.prompt, change.prompt, 1.0)
+        weight = (since + 1) / (change.transition_blocks + 1)
+        return Blend(self._changes[current - 1].prompt, change.prompt, weight)
+
+    def change(self, change: PromptChange) -> None:
+        """Another prompt from a block on, in place of all that was said of it and of later ones."""
+        self._changes = [earlier for earlier in self._changes if earlier.first_block < change.first_block]
+        self._changes.append(change)
 
 
 class BlockTexts:

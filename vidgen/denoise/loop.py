@@ -157,13 +157,21 @@ class Window:
 
 
 @torch.inference_mode()
-def run_tick(task: Task, state: LoopState) -> list[FinishedBlock]:
-    """Advance the state by one tick; the blocks that it finished, oldest first."""
+def run_tick(
+    task: Task, state: LoopState, before_forward: Callable[[], None] | None = None
+) -> list[FinishedBlock]:
+    """Advance the state by one tick; the blocks that it finished, oldest first.
+
+    `before_forward` is called before each forward. An error from it leaves the state as it was, so that a
+    render can be given up in the middle of a long tick.
+    """
     timetable, tick = task.timetable, state.next_tick
     stepped: dict[int, BlockState] = {}
     lending = Lending(state.lent)
     attending = task.attending(range(task.model.config.num_layers), state.lent)
     for forward in timetable.forwards(tick):
+        if before_forward is not None:
+            before_forward()
         block = timetable.block(forward.block)
         own = state.blocks.get(block.index) or task.new_block(block)
         lending.begin(forward)

@@ -154,9 +154,7 @@ class DiT(nn.Module):
         conditioning = conditioning or self.condition(noise_level_BF, text_BNT)
         grid = self.token_grid(latents_BCFYX.shape)
         x_BFSD = self.embed(latents_BCFYX)
-        x_BFSD, lent = self.run_layers(
-            x_BFSD, conditioning, grid, context or Context(), attends, lends=lends
-        )
+        x_BFSD, lent = self.run_layers(x_BFSD, conditioning, grid, context or Context(), attends, lends=lends)
         out = self.project(x_BFSD[:, first_frame:], conditioning.noise_BFD[:, first_frame:], grid)
         return self.velocity(out, latents_BCFYX[:, :, first_frame:], noise_level_BF[:, first_frame:]), lent
 

@@ -202,9 +202,9 @@ class Trainer:
         clean = codec.encode(pixels.to(self.device))
         counts = self._cut(clean)
         noise = torch.randn(clean.shape, generator=self.generator).to(self.device)
-        levels = draw_levels(
-            len(scenes), frames, config.level_shift, self.generator, config.queue_share
-        ).to(self.device)
+        levels = draw_levels(len(scenes), frames, config.level_shift, self.generator, config.queue_share).to(
+            self.device
+        )
         return clean, noise, levels, self.model.text.ids(captions).to(self.device), counts
 
     def _cut(self, clean_BCFYX: Tensor) -> Tensor:
