@@ -36,8 +36,10 @@ def make_sheet(plan: Plan) -> Path | None:
     if target is None:
         return None
     assert job.num_frames and job.fps
-    segments = plan.timeline.segments
-    labels = [segment.prompt for segment in segments for _ in range(segment.num_frames)][: job.num_frames]
-    labels += [segments[-1].prompt] * (job.num_frames - len(labels))
+    timetable = plan.task.timetable
+    starts = [plan.first_frame(timetable.block(block)) for block in range(timetable.num_blocks)]
+    labels: list[str] = []
+    for block, (start, stop) in enumerate(pairwise([*starts, job.num_frames])):
+        labels += [plan.timeline.blend(block).new] * (stop - start)
     with open_output(job.output.path, job.fps, job.num_frames) as frames:
-        return save_sheet(frames, target, labels=labels)
+        return save_sheet(frames, target, labels=labels[: frames.num_frames])
