@@ -7,6 +7,7 @@ else.
 
 import argparse
 import datetime
+import importlib.util
 import json
 import re
 import subprocess
@@ -84,7 +85,10 @@ def main() -> int:
 def run_tests() -> dict[str, Any]:
     """What pytest says of the files with tests marked `gpu`; others need packages that may not be here."""
     files = [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", *files]
+    # other versions of packages warn of other things
+    command = [sys.executable, "-m", "pytest", "-q", "-rfs", "-W", "default", "--durations=8", *files]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "6"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_TIMEOUT_S)
     lines = done.stdout.splitlines()
     found: dict[str, Any] = {
@@ -92,7 +96,7 @@ def run_tests() -> dict[str, Any]:
         "summary": lines[-1:],
     }
     if done.returncode:
-        found["failed"] = lines[-60:] + done.stderr.splitlines()[-20:]
+        found["failed"] = lines[-150:] + done.stderr.splitlines()[-20:]
     return found
 
 

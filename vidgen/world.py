@@ -168,15 +168,18 @@ def _centres(scene: Scene, num_frames: int, rng: random.Random) -> list[tuple[fl
     return [(x + f * speed * vx, y + f * speed * vy) for f in range(num_frames)]
 
 
-def render_clips(scenes: list[Scene], *, num_frames: int, size: int, rng: random.Random) -> Tensor:
-    """Clips [B, 3, F, Y, X] in [-1, 1] of the scenes, with random start, size and speed."""
-    centres = torch.tensor([_centres(scene, num_frames, rng) for scene in scenes]) * size
-    radius = torch.tensor([rng.uniform(*RADIUS_RANGE) for _ in scenes]).view(-1, 1, 1, 1) * size
-    shape = torch.tensor([SHAPES.index(scene.shape) for scene in scenes]).view(-1, 1, 1, 1)
-    colour = torch.tensor([COLOURS[scene.colour] for scene in scenes], dtype=torch.float32)
-    behind = torch.stack([background_pixels(scene.background, size) for scene in scenes]).unsqueeze(2)
+def render_clips(
+    scenes: list[Scene], *, num_frames: int, size: int, rng: random.Random, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Clips [B, 3, F, Y, X] in [-1, 1] of the scenes, with random start, size and speed, on a device."""
+    centres = torch.tensor([_centres(scene, num_frames, rng) for scene in scenes]).to(device) * size
+    radius = torch.tensor([rng.uniform(*RADIUS_RANGE) for _ in scenes]).to(device).view(-1, 1, 1, 1) * size
+    shape = torch.tensor([SHAPES.index(scene.shape) for scene in scenes]).to(device).view(-1, 1, 1, 1)
+    colour = torch.tensor([COLOURS[scene.colour] for scene in scenes], dtype=torch.float32).to(device)
+    plain = {name: background_pixels(name, size).to(device) for name in {s.background for s in scenes}}
+    behind = torch.stack([plain[scene.background] for scene in scenes]).unsqueeze(2)
 
-    pixel = torch.arange(size) + 0.5
+    pixel = torch.arange(size, device=device) + 0.5
     dx = (pixel - centres[..., 0, None] + size / 2) % size - size / 2  # [B, F, X]
     dy = (pixel - centres[..., 1, None] + size / 2) % size - size / 2
     alpha = coverage(shape, dx.unsqueeze(2), dy.unsqueeze(3), radius).unsqueeze(1)

@@ -49,6 +49,8 @@ class PeersCase:
     prompt_words: int = 100  # of prompt and negative prompt, about a token each; Wan pads both to 512
     num_ranks: int = 4
     compile: bool = True
+    device: str = "cpu"
+    dtype: str = "fp32"
 
     def __post_init__(self) -> None:
         if self.num_steps < 2 or self.rounds < 1:
@@ -118,7 +120,7 @@ def _bench_steps(case: PeersCase, folder: Path) -> list[dict[str, Any]]:
             "readings": len(taken),
             "speed-up": round(medians[THEIRS] / medians[name], 3),
             "compile s": round(max(0.0, first_steps[name] - medians[name]), 1) if COMPILED in name else None,
-            "max error": float((latents[name] - expected).abs().max()),
+            "max error": float((latents[name].cpu() - expected.cpu()).abs().max()),
             "scale": float(expected.abs().max()),
         }
         for name, taken in readings.items()
@@ -131,6 +133,8 @@ def _timed(run: Run) -> tuple[Tensor, list[tuple[float, float]]]:
     times = [(time.perf_counter(), time.process_time())]
 
     def told(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append((time.perf_counter(), time.process_time()))
         return tensors
 
@@ -155,7 +159,7 @@ def _arguments(case: PeersCase) -> dict[str, Any]:
 
 
 def _vidgen(case: PeersCase, folder: Path, *, compiled: bool) -> Run:
-    engine = Engine.from_pretrained(folder, dtype="fp32")
+    engine = Engine.from_pretrained(folder, dtype=case.dtype, device=case.device)
     if compiled:
         engine.compile()
     noise = torch.Generator()
@@ -172,7 +176,8 @@ def _vidgen(case: PeersCase, folder: Path, *, compiled: bool) -> Run:
 def _diffusers(case: PeersCase, folder: Path, *, compiled: bool) -> Run:
     from diffusers.pipelines.wan.pipeline_wan import WanPipeline
 
-    pipeline: Any = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.dtype]
+    pipeline: Any = WanPipeline.from_pretrained(folder, dtype=dtype).to(case.device)
     pipeline.set_progress_bar_config(disable=True)
     if compiled:
         pipeline.transformer.compile_repeated_blocks()

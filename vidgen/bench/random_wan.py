@@ -39,6 +39,11 @@ MID = Sizes(
     shard_bytes="60MB",
 )  # fmt: skip
 
+# Wan 2.1 T2V 1.3B's own transformer
+LARGE = Sizes(
+    num_heads=12, head_dim=128, num_layers=30, ffn_width=8960, text_width=4096, num_frequencies=256
+)  # fmt: skip
+
 
 def make_wan(folder: Path, kind: Kind, *, sizes: Sizes = TINY, seed: int = 0) -> Path:
     """The folder, with a whole random checkpoint in it. All weights differ from their initial values."""

@@ -118,6 +118,9 @@ class Trainer:
         self.rates = [group["lr"] for optimiser in self.optimisers for group in optimiser.param_groups]
         self.rng = random.Random(config.seed)
         self.generator = torch.Generator().manual_seed(config.seed)
+        # noise is most of what is drawn: on a GPU it is drawn there
+        on_device = torch.Generator(self.device).manual_seed(config.seed)
+        self.noise_generator = self.generator if self.device.type == "cpu" else on_device
         self.trained_scenes = WORLDS[config.world].split()[0]
         self.step, self.seconds = 0, 0.0
         if config.compile:
@@ -196,12 +199,17 @@ class Trainer:
         captions = [
             "" if self.rng.random() < config.caption_dropout else draw_caption(s, self.rng) for s in scenes
         ]
-        pixels = render_clips(
-            scenes, num_frames=frames * codec.temporal_stride, size=config.size, rng=self.rng
+        clean = codec.encode(
+            render_clips(
+                scenes,
+                num_frames=frames * codec.temporal_stride,
+                size=config.size,
+                rng=self.rng,
+                device=self.device,
+            )
         )
-        clean = codec.encode(pixels.to(self.device))
         counts = self._cut(clean)
-        noise = torch.randn(clean.shape, generator=self.generator).to(self.device)
+        noise = torch.randn(clean.shape, generator=self.noise_generator, device=self.device)
         levels = draw_levels(len(scenes), frames, config.level_shift, self.generator, config.queue_share).to(
             self.device
         )
@@ -253,6 +261,7 @@ class Trainer:
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "rng": self.rng.getstate(),
             "generator": self.generator.get_state(),
+            "noise_generator": self.noise_generator.get_state(),
         }
         torch.save(state, self.folder / "latest.tmp")
         os.replace(self.folder / "latest.tmp", self.folder / "latest.pt")
@@ -274,6 +283,8 @@ class Trainer:
             optimiser.load_state_dict(saved)
         self.rng.setstate(state["rng"])
         self.generator.set_state(state["generator"].cpu())
+        if self.noise_generator is not self.generator:
+            self.noise_generator.set_state(state["noise_generator"].cpu())
         self.step, self.seconds = state["step"], state["seconds"]
 
 
