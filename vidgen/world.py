@@ -157,22 +157,25 @@ def coverage(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     return (0.5 - distance).clamp(0, 1)
 
 
-def _centres(scene: Scene, num_frames: int, rng: random.Random) -> list[tuple[float, float]]:
-    """The centroid in every frame, in frame sides."""
-    x, y, speed = rng.random(), rng.random(), rng.uniform(*SPEED_RANGE)
-    if scene.motion == "bouncing":
-        phase = rng.random()
-        heights = [abs(((phase + f * speed) % 1.0) * 2 - 1) for f in range(num_frames)]  # triangle wave
-        return [(x, 0.25 + 0.5 * height) for height in heights]
-    vx, vy = VELOCITIES[scene.motion]
-    return [(x + f * speed * vx, y + f * speed * vy) for f in range(num_frames)]
+def _centres(scenes: list[Scene], num_frames: int, rng: random.Random) -> Tensor:
+    """The centroid in every frame [B, F, 2], in frame sides."""
+    drawn = [(rng.random(), rng.random(), rng.uniform(*SPEED_RANGE)) for _ in scenes]
+    starts, speeds = torch.tensor(drawn, dtype=torch.float64)[:, None].split((2, 1), dim=2)
+    ways = torch.tensor([VELOCITIES.get(scene.motion, (0.0, 0.0)) for scene in scenes], dtype=torch.float64)
+    moved = torch.arange(num_frames).view(1, -1, 1) * speeds
+    centres = starts + moved * ways[:, None]
+    for clip, scene in enumerate(scenes):
+        if scene.motion == "bouncing":
+            heights = (((rng.random() + moved[clip, :, 0]) % 1.0) * 2 - 1).abs()  # triangle wave
+            centres[clip, :, 1] = 0.25 + 0.5 * heights
+    return centres.float()
 
 
 def render_clips(
     scenes: list[Scene], *, num_frames: int, size: int, rng: random.Random, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Clips [B, 3, F, Y, X] in [-1, 1] of the scenes, with random start, size and speed, on a device."""
-    centres = torch.tensor([_centres(scene, num_frames, rng) for scene in scenes]).to(device) * size
+    centres = _centres(scenes, num_frames, rng).to(device) * size
     radius = torch.tensor([rng.uniform(*RADIUS_RANGE) for _ in scenes]).to(device).view(-1, 1, 1, 1) * size
     shape = torch.tensor([SHAPES.index(scene.shape) for scene in scenes]).to(device).view(-1, 1, 1, 1)
     colour = torch.tensor([COLOURS[scene.colour] for scene in scenes], dtype=torch.float32).to(device)

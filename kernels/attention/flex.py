@@ -47,6 +47,11 @@ def _run(
     if on_cpu and layout is None:
         # without a mask the CPU kernel takes all keys as one block, and holds all logits at once
         layout = dense(query_BQHD.shape[1], key_BKHD.shape[1])
+    if not on_cpu and query_BQHD.shape[-1] < SMALLEST_TILE:
+        raise ValueError(
+            f"backend=flex: heads of {query_BQHD.shape[-1]} channels: needs {SMALLEST_TILE} on a GPU; take "
+            "backend triton"
+        )
     options: dict[str, Any] = {"scale": scale}
     if layout is not None:
         options["block_mask"] = _block_mask(layout, query_BQHD.device)

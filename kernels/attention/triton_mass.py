@@ -21,6 +21,7 @@ LOG2_E = math.log2(math.e)
 _LONGEST_TILE = 128
 
 
+@torch.compiler.disable  # a compiled layer calls it as it is
 def block_mass(
     query_BQHD: Tensor,
     key_BKHD: Tensor,

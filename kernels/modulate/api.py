@@ -1,7 +1,8 @@
 """LayerNorm with adaLN modulation per frame: one call, by Triton on CUDA and in plain torch elsewhere.
 
-Without a named backend the way is chosen by where the tokens are and whether gradients are wanted, of which
-Triton's has none. Source of the modulation: DiT (arXiv 2212.09748), per frame as in Wan 2.1.
+Without a named backend the way is chosen by where the tokens are, by whether gradients are wanted, of which
+Triton's has none, and by whether torch is compiling, as it fuses the plain one by itself. Source of the
+modulation: DiT (arXiv 2212.09748), per frame as in Wan 2.1.
 """
 
 from types import ModuleType
@@ -74,7 +75,8 @@ def _way(backend: str, *tensors: Tensor) -> ModuleType:
         raise ValueError(f"backend={backend!r}: need one of {', '.join(BACKENDS)}")
     if backend == "auto":
         differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        backend = "triton" if tensors[0].is_cuda and not differentiated else "reference"
+        is_left_alone = not differentiated and not torch.compiler.is_compiling()
+        backend = "triton" if tensors[0].is_cuda and is_left_alone else "reference"
     if backend == "reference":
         return reference
     from vidgen.kernels.modulate import triton_modulate

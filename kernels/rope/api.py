@@ -34,7 +34,9 @@ def norm_rope(
         raise ValueError(f"backend={backend!r}: need one of {', '.join(BACKENDS)}")
     if backend == "auto":
         differentiated = torch.is_grad_enabled() and (x_BSD.requires_grad or weight_D.requires_grad)
-        backend = "triton" if x_BSD.is_cuda and not differentiated else "reference"
+        # while compiling, torch fuses the plain one by itself
+        is_left_alone = not differentiated and not torch.compiler.is_compiling()
+        backend = "triton" if x_BSD.is_cuda and is_left_alone else "reference"
     if backend == "triton":
         from vidgen.kernels.rope.triton_rope import norm_rope as way
     else:

@@ -114,7 +114,7 @@ class DctCodec(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, C, F, Y, X] of pixels whose sizes are multiples of the patch."""
-        coefficients = self._transform(pixels)[:, self.kept]
+        coefficients = self._transform(pixels.to(self.mean.device))[:, self.kept]
         return (coefficients - _per_channel(self.mean)) / _per_channel(self.scale)
 
     def encode_first_frames(self, pixels: Tensor, num_latent_frames: int) -> Tensor:
@@ -131,7 +131,8 @@ class DctCodec(nn.Module):
         return torch.cat([first, gray.repeat(1, 1, num_gray, 1, 1)], dim=2)
 
     def decode(self, latents_BCFYX: Tensor) -> Tensor:
-        """Pixels [B, 3, frames, height, width], not clamped."""
+        """Pixels [B, 3, frames, height, width], not clamped, where the codec is."""
+        latents_BCFYX = latents_BCFYX.to(self.mean.device)
         batch, channels, frames, rows, columns = latents_BCFYX.shape
         if channels != self.num_channels:
             raise ValueError(f"latents of {channels} channels: this codec has {self.num_channels}")

@@ -22,6 +22,7 @@ from vidgen.conditioning.text import WordEncoder, WordEncoderConfig
 from vidgen.measure.report import measure_adherence
 from vidgen.model.dit import DiT, DiTConfig
 from vidgen.train.levels import draw_levels
+from vidgen.train.muon import Muon
 from vidgen.types import Recommended
 from vidgen.world import WORLDS, draw_caption, render_clips
 
@@ -296,7 +297,7 @@ def _optimisers(model: SmallModel, config: TrainConfig) -> list[torch.optim.Opti
     others = [p for p in model.dit.parameters() if id(p) not in chosen]
     groups = [{"params": others, "lr": config.other_rate}, {"params": text, "lr": config.text_rate}]
     return [
-        torch.optim.Muon(matrices, lr=config.matrix_rate, momentum=0.95, weight_decay=0.0),
+        Muon(matrices, lr=config.matrix_rate),
         torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 

@@ -26,11 +26,13 @@ def run():
         pytest.skip(str(error))
 
 
-def drawn(layout: BlockLayout, device: torch.device, dtype: torch.dtype = torch.float32) -> Triple:
+def drawn(
+    layout: BlockLayout, device: torch.device, dtype: torch.dtype = torch.float32, head_dim: int = HEAD_DIM
+) -> Triple:
     generator = torch.Generator().manual_seed(0)
 
     def tensor(size: int) -> Tensor:
-        return torch.randn(2, size, 2, HEAD_DIM, generator=generator).to(device, dtype)
+        return torch.randn(2, size, 2, head_dim, generator=generator).to(device, dtype)
 
     return tensor(layout.num_queries), tensor(layout.num_keys), tensor(layout.num_keys)
 
@@ -105,9 +107,16 @@ def test_a_log_sum_exp_on_a_cpu_is_an_error_that_says_who_gives_one(run):
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_heads_that_are_too_narrow_are_an_error_that_says_so(run, device: torch.device):
+    layout = whole_blocks()
+    with pytest.raises(ValueError, match="heads of 12 channels: needs 16 on a GPU"):
+        run(*drawn(layout, device), layout, 0.3, False)
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_it_gives_the_log_sum_exp(run, device: torch.device):
     layout = whole_blocks()
-    qkv = drawn(layout, device)
+    qkv = drawn(layout, device, head_dim=16)
     found, lse = run(*qkv, layout, 0.3, True)
     expected, expected_lse = attention_reference(*qkv, layout.on(device), 0.3)
     torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-3)
