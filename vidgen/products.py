@@ -1,6 +1,7 @@
 """What a finished job leaves beside its video: metadata, latents, a contact sheet."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
