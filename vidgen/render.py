@@ -217,7 +217,11 @@ class _Run:
             change = PromptChange(
                 prompt=wish.prompt, first_block=first, transition_blocks=wish.transition_blocks
             )
-            self._change(change)
+            try:
+                self._change(change)
+            except ValueError as error:  # a prompt that the model cannot use
+                self.live.refused(wish, str(error))
+                continue
             kept = [*(self.journal.fact("changes") or []), asdict(change)]
             self._with_room(lambda kept=kept: self.journal.note("changes", kept))
             self.live.applied(wish, self.plan.first_frame(timetable.block(first)))
