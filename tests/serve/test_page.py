@@ -144,9 +144,9 @@ def test_live_session_plays_whole_changes_its_prompt_and_is_downloaded(visit, sh
         page.locator(f"#changes li[data-state=applied]:has-text('{CHANGE}')").wait_for()
         applied_s = float(line.get_attribute("data-seconds"))
         assert applied_s > 0 and (applied_s * 16) % 16 == 0, "a change begins with a chunk"
-        assert page.locator("#marks i:not([hidden])").count() == 1
         seen.until(f"document.getElementById('video').currentTime > {applied_s}", "the change plays")
         page.locator("#now-prompt", has_text=CHANGE).wait_for()
+        assert page.locator("#marks i:not([hidden])").count() == 1
         seen.shoot("desktop-live")
         page.get_by_role("button", name="Stop", exact=True).click()
         seen.until_state("ended")

@@ -274,7 +274,9 @@ export class Player {
   #followLive() {
     if (!this.isLive || !this.isFollowing || this.state !== "playing" || this.#isEnded) return;
     // a generator that outruns the clock is no lag of ours: jumping would only leave frames out
-    if (!this.outruns && this.lag > Math.max(LAG_S, this.reserveS + 1.5 * this.chunkS)) {
+    const limit = Math.max(LAG_S, this.reserveS + 1.5 * this.chunkS);
+    // of a slow one playing on makes up the lag
+    if (!this.outruns && this.lag > (this.rate < 1 ? 2 * limit : limit)) {
       this.toLive();
       this.#tell("jump", this.jumps);
     }

@@ -232,8 +232,10 @@ export class Watching {
   }
 
   _progress(message) {
+    if (this.isDone) return;
     const told = PROGRESS.filter((name) => message[name] !== undefined).map((name) => [name, message[name]]);
-    this.#advance(Object.fromEntries(told));
+    this.#advance({ ...Object.fromEntries(told), status: "in_progress" });
+    if (!this.chunks && this.mode === "socket") this.#tell("busy", "The first frames are being made…");
   }
 
   #advance(told) {
@@ -252,7 +254,7 @@ export class Watching {
     this.#tell("settle", "connection");
     if (this.isDone) return;
     if (this.id) {
-      this.#tell("complain", "The live connection cannot be opened; the video is loaded in larger pieces instead.");
+      this.#tell("note", "The live connection cannot be opened; the video is loaded in larger pieces instead.");
       this.#useHls();
     } else {
       this.#tell("complain", `The session could not start${reason ? `: ${reason}` : ""}. The server may be down; Render works without a live connection.`);
@@ -273,7 +275,6 @@ export class Watching {
     if (status === "failed" || this.record?.status === "failed") this.#tellFailure();
     else say("The video is done");
     this.#tell("list");
-    this.#tell("show");
   }
 
   #tellFailure() {
