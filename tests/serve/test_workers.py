@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -212,6 +213,16 @@ def test_a_prompt_changes_at_a_chunk_not_begun_and_one_that_cannot_be_used_is_re
     with pytest.raises(ApiError) as late:
         workshop.do(scheduler.interact(id, "c", OTHER_PROMPT, 0))
     assert late.value.status == 409
+
+
+def test_a_session_waits_for_those_who_watch_it(workshop: Workshop):
+    slow = replace(record(LONG, kind=Kind.SESSION), fps=2)  # a chunk plays for 8 s, and is made in one or two
+    id = workshop.submit(slow)
+    workshop.until_chunks(id, 2)
+    time.sleep(4.0)
+    assert workshop.get(id).chunks_done == 2
+    finished = workshop.do(workshop.scheduler.finish(id))
+    assert finished.status is Status.COMPLETED and finished.frames_done == 2 * BLOCK_FRAMES
 
 
 def test_a_session_stopped_before_its_first_chunk_is_cancelled(workshop: Workshop):

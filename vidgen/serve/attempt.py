@@ -186,7 +186,11 @@ class Attempt:
         size, sizes = self._block_frames, engine.family.sizes
         assert size
         block = next(block for block in count() if sizes.num_pixel_frames(block * size) >= frame)
-        self._send(PromptApplied(video_id=self.run.video_id, wish_id=wish.id, frame=frame, block=block))
+        self._send(
+            PromptApplied(
+                video_id=self.run.video_id, wish_id=wish.id, prompt=wish.prompt, frame=frame, block=block
+            )
+        )
 
     def _refused(self, wish: Wish, why: str) -> None:
         self._send(PromptRefused(video_id=self.run.video_id, wish_id=wish.id, why=self.shown(why)))

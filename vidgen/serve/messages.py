@@ -103,6 +103,7 @@ class PromptApplied:
 
     video_id: str
     wish_id: str
+    prompt: str
     frame: int
     block: int
 

@@ -45,7 +45,9 @@ async def take(
         await _committed(scheduler, run, report)
     elif isinstance(report, PromptApplied):
         run.wishes.discard(report.wish_id)
-        data = {"event_id": report.wish_id, "frame": report.frame, "seq": report.block}
+        data = {
+            "event_id": report.wish_id, "frame": report.frame, "seq": report.block, "prompt": report.prompt,
+        }  # fmt: skip
         await scheduler.ledger.write(run.id, "prompt_applied", data)
     elif isinstance(report, PromptRefused):
         run.wishes.discard(report.wish_id)
@@ -79,6 +81,7 @@ async def _committed(scheduler: "Scheduler", run: Running, report: Committed) ->
     if report.index < len(run.feed.chunks):
         return  # told again, because the job goes on
     run.num_deaths = 0
+    run.plays(report.num_frames)
     data = {
         "index": report.index, "first_frame": report.first_frame, "num_frames": report.num_frames,
         "num_bytes": report.num_bytes,
@@ -87,6 +90,7 @@ async def _committed(scheduler: "Scheduler", run: Running, report: Committed) ->
         run.id, "chunk", data, chunks_done=report.index + 1, eta_s=run.record.eta_s,
         frames_done=report.first_frame + report.num_frames, disk_bytes=run.record.disk_bytes,
     )  # fmt: skip
+    run.keep_pace(scheduler.config.timings.session_lead_s)
 
 
 async def _ended(scheduler: "Scheduler", replica: Replica, run: Running, report: Ended) -> None:

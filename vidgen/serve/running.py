@@ -8,7 +8,7 @@ from typing import Any, Literal
 from vidgen.serve.config import ServerConfig, input_file, video_folder
 from vidgen.serve.feeds import Feed
 from vidgen.serve.messages import Ended, Hold, Progressed, Run, Stop
-from vidgen.serve.records import Record, Status
+from vidgen.serve.records import Kind, Record, Status
 from vidgen.serve.replica import Replica
 
 Ending = tuple[str, str]  # error code, message
@@ -30,7 +30,8 @@ class Running:
     only_finish: bool = False  # make the output from what is there
     fault: Ending | None = None  # how it ends whatever becomes of the output
     stop: Literal["cancel", "finish", "interrupt"] | None = None
-    is_held: bool = False
+    holds: set[str] = field(default_factory=set)  # who wants it to wait before its next forward
+    plays_until: float = 0.0  # a viewer who plays each chunk as soon as it may
     wishes: set[str] = field(default_factory=set)  # neither applied nor refused
     num_deaths: int = 0  # of workers, since the last chunk
     progress: dict[str, Any] = field(default_factory=dict)
@@ -65,11 +66,32 @@ class Running:
         if self.replica is not None:
             self.replica.send(Stop(video_id=self.id, how=self.stop))
 
-    def hold(self, held: bool) -> None:
-        """Have the worker wait before the next forward, or go on."""
-        self.is_held = held
+    def hold(self, held: bool, who: str) -> None:
+        """Have the worker wait before the next forward as long as anybody wants that."""
+        was_held = bool(self.holds)
+        (self.holds.add if held else self.holds.discard)(who)
+        if bool(self.holds) != was_held:
+            self.tell_hold()
+
+    def tell_hold(self) -> None:
+        """Tell the worker whether to wait."""
         if self.replica is not None:
-            self.replica.send(Hold(video_id=self.id, held=held))
+            self.replica.send(Hold(video_id=self.id, held=bool(self.holds)))
+
+    def plays(self, num_frames: int) -> None:
+        """Count a new chunk as played by a viewer who never pauses."""
+        self.plays_until = max(time.monotonic(), self.plays_until) + num_frames / self.record.fps
+
+    def keep_pace(self, lead_s: float) -> None:
+        """Have a live session wait that is far ahead of who watches it: what is made cannot be changed."""
+        if self.record.kind is not Kind.SESSION or not self.feed.chunks:
+            return
+        ahead_s = self.plays_until - time.monotonic()
+        chunk_s = self.feed.chunks[-1].num_frames / self.record.fps
+        if ahead_s > lead_s + chunk_s:
+            self.hold(True, "pace")
+        elif ahead_s < lead_s:
+            self.hold(False, "pace")
 
     def is_quiet(self, now: float) -> bool:
         """Whether viewers should hear again that the render is alive, because nothing else tells them."""

@@ -185,7 +185,7 @@ class Scheduler:
     def hold(self, id: str, held: bool) -> None:
         """Let a video wait before its next forward, or go on. Nothing when nobody is on it."""
         if run := self._running.get(id):
-            run.hold(held)
+            run.hold(held, "viewers")
 
     def replicas(self) -> list[ReplicaFacts]:
         """The workers as they are now."""
@@ -264,8 +264,8 @@ class Scheduler:
                 return True  # it died meanwhile: the video waits for the next
             run.replica, replica.video_id = replica, run.id
             replica.send(run.order(self.config))
-            if run.is_held:
-                run.hold(True)
+            if run.holds:
+                run.tell_hold()
         return True
 
     async def _watch(self) -> None:
@@ -277,6 +277,7 @@ class Scheduler:
                 replica.watch(is_late=now - before > LATE_S)
             before = now
             for run in self._running.values():
+                run.keep_pace(self.config.timings.session_lead_s)
                 if run.is_quiet(now):
                     run.told_at = now
                     self.feeds.publish_progress(run.id, run.progress)
