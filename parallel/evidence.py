@@ -35,7 +35,7 @@ class Evidence:
                 "least_slots": least_slots(
                     self.task.timetable,
                     topology.num_stages,
-                    self.task.runs_per_forward,
+                    self.task.runs_at,
                     first_tick=first_tick,
                 ),
                 "ranks": places,

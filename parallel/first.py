@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vidgen.denoise.guidance import combine
 from vidgen.denoise.lending import Lent
 from vidgen.denoise.loop import BlockState, FinishedBlock, LoopState, Task, Window, make_window, take_step
 from vidgen.denoise.timetable import Forward
@@ -67,12 +66,13 @@ class FirstStage(StageRun):
         max_in_flight: int | None = None, keepalive_s: float = 5.0, **options: Any,
     ) -> None:  # fmt: skip
         state = state or LoopState()
+        assert task.still is None and not task.timetable.joint, "in one process only"
         super().__init__(
             stage,
             task.models,
             task.timetable,
             shapes,
-            task.runs_per_forward,
+            task.runs_at,
             links,
             lent=state.lent,
             sparsity=task.sparsity,
@@ -107,7 +107,7 @@ class FirstStage(StageRun):
             self._take_what_it_reads(forward, watcher)
             own = self.blocks[forward.block]
             window = make_window(self.task, self.blocks, forward, own)
-            texts = self.task.run_texts(self.timetable.block(forward.block))
+            texts = self.task.run_texts(self.timetable.block(forward.block), forward.step)
             started = InFlight(tick, forward, own, window, self.shapes.batch, forward is forwards[-1])
             self.lending.begin(forward)
             for run, text in enumerate(texts):
@@ -154,11 +154,10 @@ class FirstStage(StageRun):
         window = started.window.own_frames()
         velocity = self.model_at(item).velocity(out, *window.repeated(started.batch))
         started.velocities.extend(velocity.split(1))
-        if len(started.velocities) < self.task.num_branches:
+        if len(started.velocities) < self.task.branches_at(started.forward.step):
             return
         block = started.forward.block
-        velocity = combine(started.velocities, self.task.guidance_at(started.forward.step))
-        stepped = take_step(self.task, started.forward, own, velocity)
+        stepped = take_step(self.task, started.forward, own, started.velocities)
         self.blocks[block] = stepped
         if stepped.steps_done == self.timetable.num_steps:
             watcher.finished(FinishedBlock(self.timetable.block(block), stepped.latents_BCFYX))

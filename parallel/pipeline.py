@@ -123,7 +123,7 @@ class StageRun:
         models: tuple[DiT, ...],
         timetable: Timetable,
         shapes: Shapes,
-        runs_per_forward: int,
+        runs_at: Callable[[int], int],
         links: Links,
         *,
         lent: Lent | None = None,
@@ -133,7 +133,7 @@ class StageRun:
         trace: bool = True,
     ) -> None:
         self.stage, self.models, self.timetable, self.shapes = stage, models, timetable, shapes
-        self.runs_per_forward, self.links = runs_per_forward, links
+        self.runs_at, self.links = runs_at, links  # runs_at: runs of the model, of a step
         lent = lent or Lent()
         self.lending, self.attending = Lending(lent), None
         if sparsity is not None:
@@ -221,7 +221,7 @@ class LaterStage(StageRun):
         for tick in range(first_tick, self.timetable.num_ticks):
             for forward in self.timetable.forwards(tick):
                 self.lending.begin(forward)
-                for run in range(self.runs_per_forward):
+                for run in range(self.runs_at(forward.step)):
                     item = Header(Kind.WORK, tick, forward.block, forward.step, run)
                     if not self._handle(item, forward):
                         if not (tick and self.is_saved_after(tick - 1)):

@@ -209,7 +209,7 @@ class Rank:
             self._stage_run = first
             return first.run(self)
         later = LaterStage(
-            stage, models, task.timetable, shapes, task.runs_per_forward, links,
+            stage, models, task.timetable, shapes, task.runs_at, links,
             lent=state.lent, sparsity=task.sparsity, backend=task.attention_backend, **options,
         )  # fmt: skip
         self._stage_run = later
@@ -280,12 +280,5 @@ def _to_cpu(state: LoopState) -> LoopState:
 
 def _to_device(state: LoopState, device: torch.device) -> LoopState:
     """The state with every tensor on the device."""
-    blocks = {
-        index: dataclasses.replace(
-            block,
-            latents_BCFYX=block.latents_BCFYX.to(device),
-            history=tuple(tensor.to(device) for tensor in block.history),
-        )
-        for index, block in state.blocks.items()
-    }
+    blocks = {index: block.to(device) for index, block in state.blocks.items()}
     return LoopState(state.next_tick, blocks, state.lent.to(device))

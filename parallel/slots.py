@@ -5,13 +5,15 @@ split guidance, one branch. Items enter the first stage in the timetable's order
 middle of a long queue a tick takes max(live, W + 1) of them, or max(live, W) with cached context.
 """
 
+from collections.abc import Callable
+
 from vidgen.denoise.timetable import Timetable
 
 
 def least_slots(
     timetable: Timetable,
     num_stages: int,
-    runs_per_forward: int,
+    runs_per_forward: int | Callable[[int], int],
     *,
     first_tick: int = 0,
     max_in_flight: int | None = None,
@@ -19,7 +21,7 @@ def least_slots(
     """Slots of all ticks from `first_tick` on if every item starts as soon as it may.
 
     That is a slot after the item before it, after the versions it reads have come back through all stages,
-    and, if `max_in_flight` is given, after there is room.
+    and, if `max_in_flight` is given, after there is room. `runs_per_forward` may depend on the step.
     """
     starts: list[int] = []
     came_back: dict[tuple[int, int], int] = {}  # (block, steps done) -> slot
@@ -29,7 +31,8 @@ def least_slots(
             if forward.before_latents is not None:
                 reads.append((forward.before_latents.block, forward.before_latents.step))
             earliest = max(came_back.get(read, 0) for read in reads)
-            for _ in range(runs_per_forward):
+            runs = runs_per_forward
+            for _ in range(runs if isinstance(runs, int) else runs(forward.step)):
                 if max_in_flight is not None and len(starts) >= max_in_flight:
                     earliest = max(earliest, starts[-max_in_flight] + num_stages - 1)
                 starts.append(1 + max(earliest, starts[-1] if starts else 0))

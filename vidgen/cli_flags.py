@@ -58,7 +58,12 @@ FLAGS = (
     Flag("device", "--device", "auto|cpu|cuda", "where the model runs (default: a GPU if there is one)"),
     Flag("threads", "--threads", "N", "CPU threads; they decide the last bits (default: the model's)"),
     Flag("state_every", "--state-every", "TICKS", "between two saved states (default: 8)"),
-    Flag("queue.timetable", "--timetable", "dualparal|full", "blocks in a queue, or all at once"),
+    Flag(
+        "queue.timetable",
+        "--timetable",
+        "autoregressive|buffer|dualparal|full",
+        "a block at a time, blocks in a window, blocks in a queue, or all frames at once",
+    ),
     Flag("queue.block_frames", "--block-frames", "N", "latent frames of a block"),
     Flag("queue.context_frames", "--context-frames", "N", "latent frames a block sees on each side"),
     Flag("queue.stride", "--stride", "TICKS", "between two admissions; 1 is DualParal (default: 1)"),
@@ -68,6 +73,18 @@ FLAGS = (
     ),
     Flag("queue.noise", "--noise", "pool|independent", "where a block's noise comes from"),
     Flag("queue.guidance", "--guidance", "split|stacked", "guidance branches one by one, or as a batch"),
+    Flag(
+        "queue.residual_guidance",
+        "--residual-guidance",
+        "none|onetime|self",
+        "approximation: a virtual negative branch (default: none)",
+    ),
+    Flag(
+        "queue.static_threshold",
+        "--static-threshold",
+        "X",
+        "approximation: repeat blocks of a still scene (autoregressive only)",
+    ),
     Flag("queue.transition_blocks", "--transition-blocks", "N", "over which prompts blend (default: 0)"),
     Flag(
         "attention.backend", "--attention-backend", "NAME", "see `vidgen doctor` (default: fixed by device)"

@@ -193,6 +193,8 @@ NEWER_SETTINGS: dict[str, tuple[Any, ...]] = {
     "loras": ((),),
     "input": (InputConfig(),),
     "guidance_scale_2": (None,),
+    "queue.residual_guidance": ("none",),
+    "queue.static_threshold": (None,),
 }
 
 
@@ -203,9 +205,13 @@ def frames_digest(config: JobConfig) -> str:
     )
     values["output"] = {name: values["output"][name] for name in ("upscale", "crf")}
     # jobs begun before there were these settings go on
-    for name, default in NEWER_SETTINGS.items():
-        if getattr(config, name) in default:
-            del values[name]
+    for path, default in NEWER_SETTINGS.items():
+        *rooms, name = path.split(".")
+        config_room, values_room = config, values
+        for room in rooms:
+            config_room, values_room = getattr(config_room, room), values_room[room]
+        if getattr(config_room, name) in default:
+            del values_room[name]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import sqlite3
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from vidgen.config import JobConfig, dump_job, frames_digest, parse_job, read_ya
 from vidgen.denoise.given import Given, Inputs
 from vidgen.denoise.lending import BranchKeyValues
 from vidgen.denoise.loop import BlockState, LoopState
+from vidgen.denoise.state import Stillness
 from vidgen.media.blocks import WrittenBlock
 from vidgen.media.segments import write_atomically
 from vidgen.model.context import KeyValue
@@ -202,6 +204,8 @@ def _flatten(state: LoopState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for index, block in state.blocks.items():
         tensors[f"block/{index}"] = block.latents_BCFYX
         tensors |= {f"history/{index}/{i}": value for i, value in enumerate(block.history)}
+        if block.negative_BCFYX is not None:
+            tensors[f"negative/{index}"] = block.negative_BCFYX
     for index, (_, kv) in state.lent.for_later.items():
         tensors |= _flatten_kv(f"later/{index}", kv)
     tensors |= _flatten_kv("anchor", state.lent.anchor)
@@ -217,6 +221,7 @@ def _flatten(state: LoopState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "steps_done": {index: block.steps_done for index, block in state.blocks.items()},
         "history": {index: len(block.history) for index, block in state.blocks.items()},
         "later": {index: step for index, (step, _) in state.lent.for_later.items()},
+        "still": asdict(state.still),
         # blocks, runs, layers: those of which nothing is kept have no tensors
         "attention": {
             block: [len(layers) for layers in runs] for block, runs in state.lent.attention.items()
@@ -246,10 +251,11 @@ def _unflatten(path: Path) -> LoopState:
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["state"])
     tensors = _aligned(path.read_bytes())
-    state = LoopState(next_tick=header["next_tick"])
+    state = LoopState(next_tick=header["next_tick"], still=Stillness(**header.get("still", {})))
     for index, steps_done in header["steps_done"].items():
         history = tuple(tensors[f"history/{index}/{i}"] for i in range(header["history"][index]))
-        state.blocks[int(index)] = BlockState(tensors[f"block/{index}"], steps_done, history)
+        negative = tensors.get(f"negative/{index}")
+        state.blocks[int(index)] = BlockState(tensors[f"block/{index}"], steps_done, history, negative)
     for index, step in header["later"].items():
         state.lent.for_later[int(index)] = step, _unflatten_kv(tensors, f"later/{index}")
     state.lent.anchor = _unflatten_kv(tensors, "anchor")

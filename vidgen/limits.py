@@ -8,7 +8,7 @@ from vidgen.config import JobConfig
 from vidgen.denoise.guidance import num_branches
 from vidgen.denoise.timetable import Timetable
 from vidgen.model.dit import DiTConfig
-from vidgen.types import ContextMode
+from vidgen.types import ContextMode, ResidualGuidance
 
 FLOAT_BYTES = 4
 HIDDEN_COPIES = 24  # tensors of the width of the model alive in a layer, found by measuring peaks
@@ -28,18 +28,22 @@ def memory_bytes(
     tokens = rows * columns // (dit.patch[0] * dit.patch[1])
     context, own = timetable.context_frames, min(timetable.block_frames, timetable.num_frames)
     recompute = timetable.mode == ContextMode.RECOMPUTE
-    frames = own + (context if recompute else 0)
-    keys = own + 2 * context + timetable.anchor_frames
-    hidden = tokens * (frames * (HIDDEN_COPIES * dit.width + 2 * dit.ffn_width) + keys * 4 * dit.width)
     live = min(timetable.num_steps // timetable.stride + 1, timetable.num_blocks)
+    at_once = live * own if timetable.joint else own
+    frames = at_once + (context if recompute else 0)
+    keys = at_once + 2 * context + timetable.anchor_frames
+    hidden = tokens * (frames * (HIDDEN_COPIES * dit.width + 2 * dit.ffn_width) + keys * 4 * dit.width)
     lenders = (2 if recompute else live + 2) * context + timetable.anchor_frames
-    branches = num_branches(job.guidance_scale or 1.0)
+    residual = job.queue.residual_guidance
+    branches = num_branches(job.guidance_scale or 1.0) if residual == ResidualGuidance.NONE else 1
+    is_onetime = residual == ResidualGuidance.ONETIME
+    lenders += context if is_onetime else 0  # a block at its first step has the second branch too
     # a forward's own keys and values are collected over all layers, if anybody reads some of them
     collected = own if context or timetable.anchor_frames else 0
     lent = (lenders * branches + collected) * dit.num_layers * 2 * tokens * dit.width
     if job.attention.sparsity.policy != "none" and job.attention.sparsity.restores:
         lent += live * branches * dit.num_layers * frames * tokens * (dit.width + 2 * dit.num_heads)
-    latents = (live + 3) * own * dit.latent_channels * rows * columns
+    latents = (live * (2 if is_onetime else 1) + 3) * own * dit.latent_channels * rows * columns
     pixels = own * strides[0] * job.height * job.width * 3
     floats = hidden + lent + latents + pixels * PIXEL_COPIES
     return weight_bytes + FLOAT_BYTES * floats + 2 * pixels * job.output.upscale**2

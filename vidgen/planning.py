@@ -15,7 +15,7 @@ from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.given import Inputs
 from vidgen.denoise.loop import Task
 from vidgen.denoise.task import make_task
-from vidgen.denoise.timetable import Timetable, dualparal, full
+from vidgen.denoise.timetable import Timetable, autoregressive, dualparal, full, moving_buffer
 from vidgen.families.family import Family, Frames
 from vidgen.kernels.attention.api import check_name
 from vidgen.limits import available_memory_bytes, memory_bytes, readable
@@ -116,6 +116,7 @@ def make_plan(family: Family, job: JobConfig, inputs: Inputs | None = None, **gi
     ValueError in one line for a job that this model cannot do.
     """
     sizes = family.sizes
+    _check_one_process(job)
     assert job.num_frames and job.height and job.width and job.num_inference_steps and job.shift
     assert job.queue.noise and job.guidance_scale is not None and job.negative_prompt is not None
     solver = family.make_solver(job.solver, job.num_inference_steps, job.shift)
@@ -148,29 +149,49 @@ def make_plan(family: Family, job: JobConfig, inputs: Inputs | None = None, **gi
         second_guidance_scale=job.guidance_scale_2,
         given=inputs.given,
         guidance_mode=job.queue.guidance,
+        residual_guidance=job.queue.residual_guidance,
+        static_threshold=job.queue.static_threshold,
         sparsity=_sparsity(family, job.attention.sparsity),
         attention_backend=job.attention.backend,
     )
     return Plan(job=job, timeline=timeline, task=task, inputs=inputs, sizes=sizes)
 
 
+def _check_one_process(job: JobConfig) -> None:
+    """ValueError for ranks with a setting that they do not know."""
+    if job.parallel.ranks == 1:
+        return
+    queue, only = job.queue, f"in one process only, and ranks={job.parallel.ranks}; leave one of them out"
+    if queue.static_threshold is not None:
+        raise ValueError(f"static_threshold={queue.static_threshold:g}: blocks are repeated {only}")
+    if queue.timetable == "buffer":
+        raise ValueError(f"timetable=buffer: all blocks run at once, {only}")
+
+
 def make_timetable(job: JobConfig, num_latent_frames: int, switch_step: int | None = None) -> Timetable:
-    """The timetable that a resolved job asks for."""
-    queue = job.queue
-    assert job.num_inference_steps
+    """The timetable that a resolved job asks for. ValueError for a stride that is not its timetable's."""
+    queue, num_steps = job.queue, job.num_inference_steps
+    assert num_steps
     if queue.timetable == "full":
-        return full(num_latent_frames, job.num_inference_steps, switch_step=switch_step)
+        return full(num_latent_frames, num_steps, switch_step=switch_step)
     assert queue.block_frames and queue.context_frames is not None and queue.context_mode
-    return dualparal(
-        num_latent_frames,
-        job.num_inference_steps,
-        block_frames=queue.block_frames,
-        context_frames=queue.context_frames,
-        stride=queue.stride,
-        mode=queue.context_mode,
-        anchor_frames=queue.anchor_frames,
-        switch_step=switch_step,
-    )
+    sizes: dict[str, Any] = {
+        "block_frames": queue.block_frames,
+        "context_frames": queue.context_frames,
+        "mode": queue.context_mode,
+        "anchor_frames": queue.anchor_frames,
+        "switch_step": switch_step,
+    }
+    if queue.timetable == "autoregressive":
+        if queue.stride not in (1, num_steps):
+            raise ValueError(
+                f"stride={queue.stride}: timetable=autoregressive admits a block every {num_steps} ticks "
+                "(num_inference_steps); leave stride out"
+            )
+        return autoregressive(num_latent_frames, num_steps, **sizes)
+    if queue.timetable == "buffer":
+        return moving_buffer(num_latent_frames, num_steps, stride=queue.stride, **sizes)
+    return dualparal(num_latent_frames, num_steps, stride=queue.stride, **sizes)
 
 
 def _switch_step(levels: Sequence[float], boundary: float | None) -> int | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from vidgen.sparsity.settings import SparsitySettings
-from vidgen.types import ContextMode, GuidanceMode, NoiseKind
+from vidgen.types import ContextMode, GuidanceMode, NoiseKind, ResidualGuidance
 
 MAX_COUNT = 10**15  # far past any machine; keeps estimates within what a float can hold
 MAX_RANKS = 4096
@@ -47,19 +47,27 @@ class SegmentConfig(Strict):
 class QueueConfig(Strict):
     """How the video is cut into blocks and how they stream. Frames here are latent frames."""
 
-    timetable: Literal["dualparal", "full"] | None = None
+    timetable: Literal["autoregressive", "buffer", "dualparal", "full"] | None = None
     """`full` denoises all frames at once, as a plain pipeline does; by default up to the length that the
-    model was trained for, and `dualparal` for longer videos."""
+    model was trained for, and `dualparal` for longer videos. `autoregressive` finishes each block before the
+    next one begins, so that another prompt shows in the next block. `buffer` runs all live blocks in one
+    window, for models that know mixed noise levels; in one process only."""
     block_frames: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     context_frames: int | None = Field(default=None, ge=0)
     stride: int = Field(default=1, ge=1)
-    """Ticks between two admissions; 1 is DualParal."""
+    """Ticks between two admissions; 1 is DualParal. `autoregressive` sets it to the number of steps."""
     context_mode: ContextMode | None = None
     anchor_frames: int = Field(default=0, ge=0)
     """Frames of the first block that all later blocks see, against drift."""
     noise: NoiseKind | None = None
     guidance: GuidanceMode = GuidanceMode.SPLIT
     """Branches of guidance one by one, which fills a pipeline better, or `stacked` as one batch."""
+    residual_guidance: ResidualGuidance = ResidualGuidance.NONE
+    """An approximation that saves the negative branch: `onetime` runs it at a block's first step only, `self`
+    never; a virtual one stands for it, see vidgen/denoise/guidance.py."""
+    static_threshold: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
+    """An approximation for still scenes: a block may repeat the one before, the likelier the more alike the
+    last two are, by the cosine of their latents, above this. `autoregressive` in one process only."""
     transition_blocks: int = Field(default=0, ge=0)
     """Blocks over which one prompt turns into the next."""
 

@@ -18,6 +18,14 @@ class GuidanceMode(StrEnum):
     STACKED = "stacked"  # as one batch
 
 
+class ResidualGuidance(StrEnum):
+    """Whether a virtual negative branch stands for the real one; see vidgen/denoise/guidance.py."""
+
+    NONE = "none"  # the negative branch is run at every step
+    ONETIME = "onetime"  # at a block's first step only
+    SELF = "self"  # never
+
+
 class NoiseKind(StrEnum):
     """Where a block's noise comes from."""
 

@@ -123,7 +123,7 @@ def run_pipeline(
         else:
             stages.append(
                 LaterStage(
-                    stage, models, task.timetable, shapes, task.runs_per_forward, ends,
+                    stage, models, task.timetable, shapes, task.runs_at, ends,
                     lent=state.lent.layers(stage.layers), state_every=state_every, sparsity=task.sparsity,
                     backend=task.attention_backend,
                 )

@@ -21,6 +21,12 @@ class Given:
         """How many frames are known."""
         return 0 if self.pinned_CFYX is None else self.pinned_CFYX.shape[1]
 
+    @property
+    def num_given(self) -> int:
+        """How many of the first frames differ from those after them in what is given."""
+        channels = 0 if self.channels_CFYX is None else self.channels_CFYX.shape[1]
+        return max(self.num_pinned, channels)
+
     def pin(
         self, latents_BCFYX: Tensor, first_frame: int, levels: list[float] | None = None
     ) -> tuple[Tensor, list[float]]:

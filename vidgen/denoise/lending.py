@@ -69,6 +69,10 @@ def join_layers(parts: list[Lent]) -> Lent:
     return Lent(later, tuple(sum(layers, ()) for layers in _zip([p.anchor for p in parts])), attention)
 
 
+def _of_branch(branches: BranchKeyValues, branch: int) -> LayerKeyValues:
+    return branches[branch if branch < len(branches) else 0]
+
+
 def _each(branches: BranchKeyValues, part: slice) -> BranchKeyValues:
     return tuple(layers[part] for layers in branches)
 
@@ -105,19 +109,22 @@ class Lending:
         return bool(self._forward.lends)
 
     def context(self, branch: int) -> Context:
-        """Keys and values around a window: anchor and cached frames before it, the next block's after it."""
+        """Keys and values around a window: anchor and cached frames before it, the next block's after it.
+
+        A branch that the lending forward did not have reads those of the prompt's branch.
+        """
         forward = self._forward
         assert forward is not None
-        anchor = self.lent.anchor[branch] if forward.anchor_kv is not None else ()
+        anchor = _of_branch(self.lent.anchor, branch) if forward.anchor_kv is not None else ()
         before = after = ()
         if forward.before_kv is not None:
             step, kv = self.lent.for_later[forward.before_kv.block]
             assert step == forward.before_kv.step, "a read names the version at the end of the last tick"
-            before = kv[branch]
+            before = _of_branch(kv, branch)
         if forward.after_kv is not None:
             source, kv = self._from_next_block
             assert source == forward.after_kv, "a read names the version of this very tick"
-            after = kv[branch]
+            after = _of_branch(kv, branch)
         return Context(before=concatenate(anchor, before), after=after)
 
     def keep(self, own: LayerKeyValues, frames_before: int) -> None:

@@ -14,13 +14,15 @@ from torch import Tensor
 from vidgen.denoise.attending import Attending, Sparsity
 from vidgen.denoise.conditions import Conditions
 from vidgen.denoise.given import NOTHING, Given
-from vidgen.denoise.guidance import combine, num_branches
+from vidgen.denoise.guidance import guide, num_branches
 from vidgen.denoise.lending import Lending, Lent
-from vidgen.denoise.solver import History, Solver
+from vidgen.denoise.solver import Solver
+from vidgen.denoise.state import BlockState, FinishedBlock, LoopState, Window
+from vidgen.denoise.still import StillFilter, denoised, repeat, same_texts
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.dit import Conditioning, DiT
-from vidgen.types import Block, GuidanceMode
+from vidgen.types import Block, GuidanceMode, ResidualGuidance
 
 # B batch, C latent channels, F latent frames, Y X latent rows and columns
 
@@ -40,6 +42,8 @@ class Task:
     noise: Callable[[Block], Tensor]  # [1, C, F, Y, X] of a block
     texts: Callable[[Block], tuple[Tensor, ...]]  # text [1, N, T] of a block, one per branch
     guidance_mode: GuidanceMode = GuidanceMode.SPLIT
+    residual_guidance: ResidualGuidance = ResidualGuidance.NONE
+    still: StillFilter | None = None  # every block is denoised without
     sparsity: Sparsity | None = None  # dense attention without
     attention_backend: str | None = None  # None: the first that is able
     conditions: Conditions = field(default_factory=Conditions, repr=False, compare=False)
@@ -52,10 +56,30 @@ class Task:
             )
         if (self.second_model is None) != (self.timetable.switch_step is None):
             raise ValueError("a second model and the step from which it is used belong together")
+        if self.still is not None and self.timetable.stride < self.timetable.num_steps:
+            raise ValueError(
+                f"static_threshold={self.still.threshold:g}: needs the block before to be finished when a "
+                "block begins; take timetable=autoregressive, or leave static_threshold out"
+            )
+        if self.timetable.joint and self.sparsity is not None:
+            raise ValueError("timetable=buffer: knows no sparse attention; leave sparsity out")
+        if self.runs_per_forward < self.num_branches and self.branches_at(-1) < self.num_branches:
+            raise ValueError(
+                "guidance=stacked: residual_guidance=onetime runs a second branch at a block's first step "
+                "only, which makes no batch; leave guidance out"
+            )
 
     @property
     def num_branches(self) -> int:
-        """Branches of guidance that every step needs."""
+        """Branches of guidance of a block's first step; later ones have no more."""
+        return self.branches_at(0)
+
+    def branches_at(self, step: int) -> int:
+        """Branches of guidance that a step needs, the prompt's first; the same for any step but the first."""
+        if self.residual_guidance == ResidualGuidance.SELF:
+            return 1
+        if self.residual_guidance == ResidualGuidance.ONETIME and step != 0:
+            return 1
         return max(num_branches(scale) for scale in (self.guidance_scale, self.guidance_at(-1)))
 
     @property
@@ -80,19 +104,24 @@ class Task:
 
     @property
     def runs_per_forward(self) -> int:
-        """How often the model runs for one step of one block."""
-        return 1 if self.guidance_mode == GuidanceMode.STACKED else self.num_branches
+        """How often the model runs for a block's first step, and at most for a later one."""
+        return self.runs_at(0)
 
-    def run_texts(self, block: Block) -> tuple[Tensor, ...]:
+    def runs_at(self, step: int) -> int:
+        """How often the model runs for this step of a block."""
+        return 1 if self.guidance_mode == GuidanceMode.STACKED else self.branches_at(step)
+
+    def run_texts(self, block: Block, step: int = 0) -> tuple[Tensor, ...]:
         """Text [B, N, T] of each run of the model: a branch each, or all of them in one batch."""
-        texts = self.texts(block)[: self.num_branches]
-        if len(texts) < self.num_branches:
+        branches = self.branches_at(step)
+        texts = self.texts(block)[:branches]
+        if len(texts) < branches:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale}: needs a text and a negative text, got one"
             )
-        return self.conditions.placed(texts, self.device, stacked=self.runs_per_forward < len(texts))
+        return self.conditions.placed(texts, self.device, stacked=self.runs_at(step) < len(texts))
 
-    def new_block(self, block: Block) -> "BlockState":
+    def new_block(self, block: Block) -> BlockState:
         """A block before its first step."""
         return BlockState(self.noise(block).to(self.device), 0)
 
@@ -108,54 +137,6 @@ class Task:
         return self.model.device
 
 
-@dataclass
-class BlockState:
-    """A block between two ticks."""
-
-    latents_BCFYX: Tensor
-    steps_done: int
-    history: History = ()
-
-
-@dataclass
-class LoopState:
-    """All that the next tick needs; what a checkpoint holds."""
-
-    next_tick: int = 0
-    blocks: dict[int, BlockState] = field(default_factory=dict)
-    lent: Lent = field(default_factory=Lent)
-
-
-@dataclass(frozen=True)
-class FinishedBlock:
-    """A block's clean latents [1, C, F, Y, X]."""
-
-    block: Block
-    latents_BCFYX: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What a forward runs on: the recomputed context, then the block's own frames."""
-
-    latents_BCFYX: Tensor  # B is 1; with the channels that the job gives, where the model takes such
-    noise_level_BF: Tensor
-    levels: tuple[float, ...]  # the same, as numbers
-    frames_before: int
-
-    def own_frames(self) -> "Window":
-        """The block's own frames, without what is before them."""
-        first = self.frames_before
-        latents = self.latents_BCFYX[:, :, first:]
-        return Window(latents, self.noise_level_BF[:, first:], self.levels[first:], 0)
-
-    def repeated(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Latents and noise levels, once per branch in the batch."""
-        if batch == 1:
-            return self.latents_BCFYX, self.noise_level_BF
-        return self.latents_BCFYX.repeat(batch, 1, 1, 1, 1), self.noise_level_BF.repeat(batch, 1)
-
-
 @torch.inference_mode()
 def run_tick(
     task: Task, state: LoopState, before_forward: Callable[[], None] | None = None
@@ -163,48 +144,81 @@ def run_tick(
     """Advance the state by one tick; the blocks that it finished, oldest first.
 
     `before_forward` is called before each forward. An error from it leaves the state as it was, so that a
-    render can be given up in the middle of a long tick.
+    render can be given up in the middle of a long tick. A block that is shown again takes all its ticks at
+    once.
     """
     timetable, tick = task.timetable, state.next_tick
-    stepped: dict[int, BlockState] = {}
+    again = shown_again(task, state)
+    if again is not None:
+        if before_forward is not None:
+            before_forward()
+        return [repeat(timetable, state, again)]
     lending = Lending(state.lent)
     attending = task.attending(range(task.model.config.num_layers), state.lent)
+    stepped: dict[int, BlockState] = {}
     for forward in timetable.forwards(tick):
         if before_forward is not None:
             before_forward()
-        block = timetable.block(forward.block)
-        own = state.blocks.get(block.index) or task.new_block(block)
-        lending.begin(forward)
-        with attention_backend(task.attention_backend):
-            velocity = run_forward(task, state.blocks, forward, own, lending, attending)
-        stepped[block.index] = take_step(task, forward, own, velocity)
+        stepped |= run_forward(task, state.blocks, forward, lending, attending)
     kept = timetable.kept_after(tick)
     lending.end_tick(kept)
     if attending is not None:
         attending.end_tick(tick)
-    state.blocks = {index: block for index, block in (state.blocks | stepped).items() if index in kept}
-    state.next_tick = tick + 1
-    return [
+    finished = [
         FinishedBlock(timetable.block(index), stepped[index].latents_BCFYX)
         for index in sorted(stepped)
         if stepped[index].steps_done == timetable.num_steps
     ]
+    if task.still is not None and finished:
+        state.still = denoised(state, finished[-1])
+    state.blocks = {index: block for index, block in (state.blocks | stepped).items() if index in kept}
+    state.next_tick = tick + 1
+    return finished
+
+
+def shown_again(task: Task, state: LoopState) -> Block | None:
+    """The block that this tick admits, if it is not to be denoised: see still.py."""
+    index, ticks = divmod(state.next_tick, task.timetable.stride)
+    if task.still is None or ticks or index < 2 or not task.still.repeats(index, state.still):
+        return None
+    block = task.timetable.block(index)
+    texts = task.texts(block)
+    if block.start < task.given.num_given:
+        return None
+    is_same = all(same_texts(task.texts(task.timetable.block(index - back)), texts) for back in (1, 2))
+    return block if is_same else None
 
 
 def run_forward(
     task: Task,
     blocks: dict[int, BlockState],
     forward: Forward,
-    own: BlockState,
     lending: Lending,
     attending: Attending | None,
-) -> Tensor:
-    """Guided velocity of the block's own frames; what the forward lends is kept."""
-    window = make_window(task, blocks, forward, own)
+) -> dict[int, BlockState]:
+    """The blocks of the window after their step; what the forward lends is kept."""
+    lending.begin(forward)
+    owns = [blocks.get(index) or task.new_block(task.timetable.block(index)) for index, _ in forward.parts]
+    with attention_backend(task.attention_backend):
+        velocities = run_model(task, blocks, forward, owns, lending, attending)
+    return take_steps(task, forward, owns, velocities)
+
+
+def run_model(
+    task: Task,
+    blocks: dict[int, BlockState],
+    forward: Forward,
+    owns: Sequence[BlockState],
+    lending: Lending,
+    attending: Attending | None,
+) -> list[Tensor]:
+    """Velocities of the blocks' own frames, one per branch."""
+    window = make_window(task, blocks, forward, *owns)
     model = task.model_at(forward.step)
     grid = model.token_grid(window.latents_BCFYX.shape)
     velocities: list[Tensor] = []
-    for run, text in enumerate(task.run_texts(task.timetable.block(forward.block))):
+    newest, step = forward.parts[-1]
+    for run, text in enumerate(task.run_texts(task.timetable.block(newest), step)):
         context = lending.context(run)
         velocity, own_kv = model.forward_and_lend(
             *window.repeated(text.shape[0]),
@@ -217,14 +231,14 @@ def run_forward(
         )
         lending.keep(own_kv, window.frames_before)
         velocities.extend(velocity.split(1))
-    return combine(velocities, task.guidance_at(forward.step))
+    return velocities
 
 
-def make_window(task: Task, blocks: dict[int, BlockState], forward: Forward, own: BlockState) -> Window:
+def make_window(task: Task, blocks: dict[int, BlockState], forward: Forward, *owns: BlockState) -> Window:
     """What a forward runs on; each part in the version that the timetable names."""
-    assert own.steps_done == forward.step
-    latents = own.latents_BCFYX
-    levels = [task.noise_levels[forward.step]] * latents.shape[2]
+    assert [own.steps_done for own in owns] == [step for _, step in forward.parts]
+    latents = owns[0].latents_BCFYX if len(owns) == 1 else torch.cat([o.latents_BCFYX for o in owns], dim=2)
+    levels = [task.noise_levels[own.steps_done] for own in owns for _ in range(own.latents_BCFYX.shape[2])]
     read = forward.before_latents
     if read is not None:
         before = blocks[read.block]
@@ -241,12 +255,34 @@ def make_window(task: Task, blocks: dict[int, BlockState], forward: Forward, own
     return Window(latents, level_BF, tuple(levels), frames_before)
 
 
-def take_step(task: Task, forward: Forward, own: BlockState, velocity_BCFYX: Tensor) -> BlockState:
-    """The block after this step."""
-    latents, history = task.solver.step(own.latents_BCFYX, velocity_BCFYX, forward.step, own.history)
-    if forward.step + 1 == task.timetable.num_steps:
+def take_steps(
+    task: Task, forward: Forward, owns: Sequence[BlockState], velocities: Sequence[Tensor]
+) -> dict[int, BlockState]:
+    """Every block of the window after its step; the velocities hold their frames one after the other."""
+    frames = [own.latents_BCFYX.shape[2] for own in owns]
+    by_block = zip(*(velocity.split(frames, dim=2) for velocity in velocities), strict=True)
+    return {
+        block: take_step(task, Forward(block, step), own, parts[: task.branches_at(step)])
+        for (block, step), own, parts in zip(forward.parts, owns, by_block, strict=True)
+    }
+
+
+def take_step(task: Task, forward: Forward, own: BlockState, velocities: Sequence[Tensor]) -> BlockState:
+    """The block after this step, from the velocities of the step's branches."""
+    step = forward.step
+    velocity, negative = guide(
+        velocities,
+        task.guidance_at(step),
+        task.residual_guidance,
+        latents=own.latents_BCFYX,
+        level=task.noise_levels[step],
+        negative=own.negative_BCFYX,
+    )
+    latents, history = task.solver.step(own.latents_BCFYX, velocity, step, own.history)
+    if step + 1 == task.timetable.num_steps:
         latents, _ = task.given.pin(latents, task.timetable.block(forward.block).start)
-    return BlockState(latents, forward.step + 1, history)
+        negative = None  # nobody reads it again
+    return BlockState(latents, step + 1, history, negative)
 
 
 def denoise(task: Task, state: LoopState | None = None) -> Iterator[FinishedBlock]:

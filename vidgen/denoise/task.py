@@ -10,9 +10,10 @@ from vidgen.denoise.loop import Task
 from vidgen.denoise.noise import NoiseSource
 from vidgen.denoise.schedule import noise_levels
 from vidgen.denoise.solver import Euler, Solver
+from vidgen.denoise.still import StillFilter
 from vidgen.denoise.timetable import Timetable
 from vidgen.model.dit import DiT
-from vidgen.types import Block, GuidanceMode, NoiseKind
+from vidgen.types import Block, GuidanceMode, NoiseKind, ResidualGuidance
 
 
 def make_task(
@@ -31,6 +32,8 @@ def make_task(
     second_guidance_scale: float | None = None,
     given: Given = NOTHING,
     guidance_mode: GuidanceMode = GuidanceMode.SPLIT,
+    residual_guidance: ResidualGuidance = ResidualGuidance.NONE,
+    static_threshold: float | None = None,
     sparsity: Sparsity | None = None,
     attention_backend: str | None = None,
 ) -> Task:
@@ -59,6 +62,8 @@ def make_task(
         given=given,
         noise=source,
         guidance_mode=guidance_mode,
+        residual_guidance=residual_guidance,
+        still=None if static_threshold is None else StillFilter(threshold=static_threshold, seed=seed),
         sparsity=sparsity,
         attention_backend=attention_backend,
         texts=texts,

@@ -8,8 +8,9 @@ Source of the queue: DualParal (arXiv 2505.21070), with freshness defined by tic
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from vidgen.types import Block, ContextMode
 
@@ -56,11 +57,19 @@ class Forward:
     after_kv: Read | None = None
     anchor_kv: Read | None = None
     lends: tuple[Lend, ...] = ()
+    newer: tuple[
+        tuple[int, int], ...
+    ] = ()  # (block, step) of the blocks that run in the same window, in order
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """(block, step) of all blocks in the window, oldest first."""
+        return ((self.block, self.step), *self.newer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timetable:
-    """A queue of blocks. `dualparal` and `full` make them; sizes are latent frames, ticks and steps."""
+    """A queue of blocks, made by the functions below; sizes are latent frames, ticks and steps."""
 
     num_frames: int
     num_steps: int
@@ -70,6 +79,7 @@ class Timetable:
     mode: ContextMode = ContextMode.RECOMPUTE
     anchor_frames: int = 0
     switch_step: int | None = None  # the first step of a second expert; none has all steps done by one
+    joint: bool = False  # whether all live blocks run in one window, see `moving_buffer`
 
     def __post_init__(self) -> None:
         bounds = {
@@ -85,6 +95,12 @@ class Timetable:
             if value < low or (high is not None and value > high):
                 allowed = f"at least {low}" if high is None else f"{low} to {high}"
                 raise ValueError(f"{name}={value}: allowed is {allowed}")
+        cached = self.mode == ContextMode.CACHE and self.context_frames
+        if self.joint and (cached or self.anchor_frames or self.switch_step is not None):
+            raise ValueError(
+                "timetable=buffer: runs all blocks in one window, with context_mode=recompute, without "
+                "anchor_frames and on models of one expert only"
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -96,7 +112,7 @@ class Timetable:
 
     @property
     def num_forwards(self) -> int:
-        return self.num_blocks * self.num_steps
+        return self.num_ticks if self.joint else self.num_blocks * self.num_steps
 
     def block(self, index: int) -> Block:
         """The index-th block; the last one may be shorter."""
@@ -128,6 +144,8 @@ class Timetable:
 
     def forwards(self, tick: int) -> tuple[Forward, ...]:
         """The forwards of a tick in the order they run: newest block first."""
+        if self.joint:
+            return tuple(self._joint(blocks, tick) for blocks in (self.live(tick),) if blocks)
         return tuple(self._forward(block, tick) for block in reversed(self.live(tick)))
 
     def ticks(self, start: int = 0) -> Iterator[tuple[Forward, ...]]:
@@ -152,6 +170,16 @@ class Timetable:
         if self.anchor_frames and block >= 2 and tick > self.last_tick(0) and has_anchor:
             anchor_kv = Read(0, self.num_steps - 1, 0, min(self.anchor_frames, self.block(0).num_frames))
         return Forward(block, step, before_latents, before_kv, after_kv, anchor_kv, self._lends(own, tick))
+
+    def _joint(self, blocks: range, tick: int) -> Forward:
+        steps = [(block, tick - self.admission_tick(block)) for block in blocks]
+        (oldest, step), *newer = steps
+        read = None
+        if oldest > 0 and self.context_frames:  # the block before is finished, else it were live
+            read = Read(
+                oldest - 1, self.num_steps, self.block_frames - self.context_frames, self.block_frames
+            )
+        return Forward(oldest, step, before_latents=read, newer=tuple(newer))
 
     def _lends(self, own: Block, tick: int) -> tuple[Lend, ...]:
         lends, step = [], tick - self.admission_tick(own.index)
@@ -198,6 +226,50 @@ def dualparal(
         anchor_frames=anchor_frames,
         switch_step=switch_step,
     )
+
+
+def autoregressive(
+    num_frames: int,
+    num_steps: int,
+    *,
+    block_frames: int,
+    context_frames: int,
+    mode: ContextMode = ContextMode.RECOMPUTE,
+    anchor_frames: int = 0,
+    switch_step: int | None = None,
+) -> Timetable:
+    """A queue in which each block is finished before the next one begins: `dualparal` with stride num_steps.
+
+    Nothing flows back into a block from the one after it, so another prompt shows in the next block and
+    changes none before it. In `recompute` mode a block reads the clean latents of the one before, at noise
+    level 0. In `cache` mode it reads the K,V of that block's last forward: of latents before the last solver
+    step, at the last noise level above 0. A clean-cache pass, as causal models are trained for (CausVid,
+    arXiv 2412.07772; Self Forcing, arXiv 2506.08009), instead runs every finished block once more at level 0,
+    only for its K,V: one forward a block more, and K,V of exactly the latents that are shown.
+    """
+    return dualparal(
+        num_frames,
+        num_steps,
+        block_frames=block_frames,
+        context_frames=context_frames,
+        stride=num_steps,
+        mode=mode,
+        anchor_frames=anchor_frames,
+        switch_step=switch_step,
+    )
+
+
+def moving_buffer(num_frames: int, num_steps: int, **sizes: Any) -> Timetable:
+    """A queue whose live blocks, each at its own noise level, run in one window and attend to one another.
+
+    Source: StreamDiT (arXiv 2507.03745), whose chunks are the blocks and whose micro-steps are the `stride`
+    ticks between two shifts: then the oldest block is clean and leaves, and noise enters. The buffer holds
+    num_steps / stride blocks; it fills by one a shift at the beginning and empties so at the end. Beyond the
+    paper, the last `context_frames` clean frames before the buffer stay in the window. All of a window has
+    one text, that of its newest block. Models want training with such mixed levels. `sizes` are those of
+    `dualparal`; ValueError for those that make no buffer.
+    """
+    return replace(dualparal(num_frames, num_steps, **sizes), joint=True)
 
 
 def full(num_frames: int, num_steps: int, *, switch_step: int | None = None) -> Timetable:
