@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vidgen.serve import body, replica
 from vidgen.serve.config import load_server_config, store_file
-from vidgen.serve.feeds import Feeds
 from vidgen.serve.records import Kind, Record, Status, make_id
-from vidgen.serve.scheduler import Scheduler
 from vidgen.serve.store import Store
+from vidgen.serve.work import body, replica
+from vidgen.serve.work.feeds import Feeds
+from vidgen.serve.work.scheduler import Scheduler
 
 FATAL_BLOCK = 1
 SEGMENT = f"{FATAL_BLOCK:06d}.m4s"

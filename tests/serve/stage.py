@@ -19,15 +19,15 @@ from websockets.sync.client import ClientConnection
 
 from tests.serve.sockets import DEADLINE_S, connected, resume, wait_until
 from vidgen.media.segments import SegmentEncoder
-from vidgen.serve.audience import Audience, Patience
 from vidgen.serve.config import ServerConfig
-from vidgen.serve.feeds import Feeds
-from vidgen.serve.realtime import router
+from vidgen.serve.http.security import Keys, Origins, Tickets
+from vidgen.serve.http.state import Server
+from vidgen.serve.live.audience import Audience, Patience
+from vidgen.serve.live.realtime import router
 from vidgen.serve.records import Kind, Record, Status, make_id
-from vidgen.serve.scheduler import Scheduler
-from vidgen.serve.security import Keys, Origins, Tickets
-from vidgen.serve.state import Server
 from vidgen.serve.store import Store
+from vidgen.serve.work.feeds import Feeds
+from vidgen.serve.work.scheduler import Scheduler
 
 MEBIBYTE = 2**20
 FPS, FRAMES = 16, 16

@@ -20,8 +20,8 @@ import av
 import httpx
 import pytest
 
-from vidgen.serve import client_async
 from vidgen.serve.client import AsyncClient, Client, ServerError, Unreachable, Video, VideoFailed
+from vidgen.serve.client import asynchronous as client_async
 
 PROMPT = "a red circle moving right over a gray background"
 OTHER = "a blue square moving up over a white background"

@@ -17,7 +17,7 @@ import av
 import httpx
 import pytest
 
-from vidgen.serve import routes_page
+from vidgen.serve.http import routes_page
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 PROMPT = "a red circle moving left over a gray background"

@@ -13,7 +13,7 @@ pytest.importorskip("grpc", reason="Ray Serve is not installed: pip install 'vid
 
 from websockets.sync.client import connect  # noqa: E402
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("default::pytest.PytestWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray Serve
 PROMPT = "a red circle moving left over a gray background"
 READY_S, DONE_S = 120.0, 60.0
 

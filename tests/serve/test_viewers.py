@@ -12,8 +12,8 @@ from websockets.exceptions import ConnectionClosed
 
 from tests.serve.sockets import DEADLINE_S, connected, deaf, receive, receive_until, resume, seqs, wait_until
 from tests.serve.stage import EAGER, MEBIBYTE, Stage
-from vidgen.serve.mime import mime_of
-from vidgen.serve.realtime import MAX_MISTAKES
+from vidgen.serve.live.mime import mime_of
+from vidgen.serve.live.realtime import MAX_MISTAKES
 from vidgen.serve.records import Status
 
 

@@ -29,12 +29,12 @@ from tests.serve.workshop import (
     statuses,
 )
 from vidgen.media.source import VideoSource
-from vidgen.serve import body
 from vidgen.serve.config import video_folder
 from vidgen.serve.errors import ApiError
-from vidgen.serve.housekeeping import sweep
 from vidgen.serve.records import Kind, Status
-from vidgen.serve.work import explain
+from vidgen.serve.work import body
+from vidgen.serve.work.housekeeping import sweep
+from vidgen.serve.work.worker import explain
 
 HEARTBEAT_S, GRACE_S = 8, 2
 CYCLES = 30  # more of them: python -m tests.serve.workshop 200
@@ -78,7 +78,9 @@ def test_a_video_is_told_chunk_by_chunk_and_every_chunk_is_a_segment(workshop: W
 
 def test_the_servers_half_of_a_worker_needs_no_torch():
     heavy = ["torch", "av", "ray", "numpy"]
-    code = f"import sys, vidgen.serve.scheduler; print([name for name in {heavy} if name in sys.modules])"
+    code = (
+        f"import sys, vidgen.serve.work.scheduler; print([name for name in {heavy} if name in sys.modules])"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 import psutil
 
 from vidgen.serve.config import ServerConfig, load_server_config, store_file, video_folder
-from vidgen.serve.feeds import Feeds
 from vidgen.serve.records import Kind, Record, Status, make_id
-from vidgen.serve.scheduler import Scheduler
 from vidgen.serve.store import Event, Store
+from vidgen.serve.work.feeds import Feeds
+from vidgen.serve.work.scheduler import Scheduler
 
 PROMPT = "a red circle moving left over a gray background"
 OTHER_PROMPT = "a blue square moving up over a white background"

@@ -6,7 +6,7 @@ vidgen.serve.Client talks to a server that `vidgen serve` runs.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vidgen.serve.client import AsyncClient, Client
+    from vidgen.serve.client.blocking import AsyncClient, Client
 
 __all__ = ["AsyncClient", "Client"]
 

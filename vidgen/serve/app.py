@@ -15,24 +15,18 @@ from starlette.middleware.cors import CORSMiddleware
 
 from vidgen import __version__
 from vidgen.cli_exit import write_line
-from vidgen.serve import (
-    realtime,
-    routes_events,
-    routes_media,
-    routes_page,
-    routes_system,
-    routes_videos,
-)
 from vidgen.serve.admission import load_facts
-from vidgen.serve.answers import JsonResponse, install_error_handlers
 from vidgen.serve.config import ServerConfig, store_file
-from vidgen.serve.feeds import Feeds
-from vidgen.serve.gate import Gate
-from vidgen.serve.metrics import Metrics
-from vidgen.serve.scheduler import Scheduler
-from vidgen.serve.security import Keys, Origins, Tickets
-from vidgen.serve.state import Server
+from vidgen.serve.http import routes_events, routes_media, routes_page, routes_system, routes_videos
+from vidgen.serve.http.answers import JsonResponse, install_error_handlers
+from vidgen.serve.http.gate import Gate
+from vidgen.serve.http.metrics import Metrics
+from vidgen.serve.http.security import Keys, Origins, Tickets
+from vidgen.serve.http.state import Server
+from vidgen.serve.live import realtime
 from vidgen.serve.store import Store
+from vidgen.serve.work.feeds import Feeds
+from vidgen.serve.work.scheduler import Scheduler
 
 MAX_MESSAGE_BYTES = 64 * 1024  # of a WebSocket's client, who sends prompts only
 MAX_HEADER_BYTES = 64 * 1024

@@ -123,8 +123,8 @@ class TimingsConfig(Strict):
     session_grace_s: Seconds = 10
     """A session that nobody watches ends after so long."""
     session_lead_s: Seconds = 2
-    """A live session is made so far, and a chunk more, ahead of viewers who play it as it comes; then it waits,
-    because a prompt changes only what is not made yet."""
+    """A live session is made so far, and a chunk more, ahead of viewers who play it as it comes; then it
+    waits, because a prompt changes only what is not made yet."""
     session_start_timeout_s: Seconds = 10
     """For the first message of a live socket."""
     ticket_s: Seconds = 60

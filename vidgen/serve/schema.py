@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from vidgen.sections import MAX_COUNT, Strict, Text
 from vidgen.serve.errors import error, from_validation
-from vidgen.serve.forms import form_values as form_values
+from vidgen.serve.http.forms import form_values as form_values
 from vidgen.serve.records import Kind, Status
 
 MAX_NAME_CHARACTERS = 128

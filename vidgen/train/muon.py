@@ -1,6 +1,7 @@
 """Muon whose matrices of one shape are orthogonalised together: many small ones take few kernel launches."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ SMALLEST_NORM = 1e-7
 class Muon(torch.optim.Optimizer):
     """As torch.optim.Muon with Nesterov momentum and no weight decay (arXiv 2502.16982)."""
 
-    def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, matrices: Sequence[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()

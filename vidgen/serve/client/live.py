@@ -13,7 +13,7 @@ import httpx
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
-from vidgen.serve.client_http import AWAY, Connection, ServerError, error_of
+from vidgen.serve.client.http import AWAY, Connection, ServerError, error_of
 
 PATH = "/v1/realtime/video"
 LARGEST_MESSAGE = 1 << 28  # bytes: a chunk of a large video

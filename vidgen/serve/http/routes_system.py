@@ -12,14 +12,14 @@ from starlette.responses import HTMLResponse, Response
 
 from vidgen.sections import Strict
 from vidgen.serve.admission import describe
-from vidgen.serve.answers import JsonResponse, errors
-from vidgen.serve.apipage import openapi, page
-from vidgen.serve.audience import audience_of
-from vidgen.serve.bodies import read_json
 from vidgen.serve.errors import unavailable
+from vidgen.serve.http.answers import JsonResponse, errors
+from vidgen.serve.http.apipage import openapi, page
+from vidgen.serve.http.bodies import read_json
+from vidgen.serve.http.security import require
+from vidgen.serve.http.state import find, server_of
+from vidgen.serve.live.audience import audience_of
 from vidgen.serve.schema import ModelList, VideoRequest, parse_request
-from vidgen.serve.security import require
-from vidgen.serve.state import find, server_of
 
 STARTED_AT = int(time.time())
 router = APIRouter(tags=["server"])

@@ -7,13 +7,13 @@ from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
 from vidgen.serve.admission import make_record
-from vidgen.serve.answers import JsonResponse, errors
-from vidgen.serve.bodies import BODIES, read_request, write_input
 from vidgen.serve.errors import invalid, unavailable
+from vidgen.serve.http.answers import JsonResponse, errors
+from vidgen.serve.http.bodies import BODIES, read_request, write_input
+from vidgen.serve.http.security import require
+from vidgen.serve.http.state import find, server_of
 from vidgen.serve.records import ENDED, Record, Status, video_object
 from vidgen.serve.schema import Deleted, VideoList, VideoObject
-from vidgen.serve.security import require
-from vidgen.serve.state import find, server_of
 
 POLL_AFTER_MS = 500
 router = APIRouter(tags=["videos"])

@@ -13,15 +13,15 @@ from fastapi import APIRouter
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from vidgen.serve.admission import check_prompt, make_record
-from vidgen.serve.audience import Audience, audience_of
 from vidgen.serve.errors import ApiError, conflict, error, internal, invalid, over_limit
-from vidgen.serve.feeds import Feed
+from vidgen.serve.http.security import only_video, require
+from vidgen.serve.http.state import find, server_of
+from vidgen.serve.live.audience import Audience, audience_of
+from vidgen.serve.live.viewers import Cursor, Viewer
+from vidgen.serve.live.wire import Wire
 from vidgen.serve.records import Kind, Status
 from vidgen.serve.schema import Interaction, Message, Ping, SessionResume, SessionStart, Stop, parse_message
-from vidgen.serve.security import only_video, require
-from vidgen.serve.state import find, server_of
-from vidgen.serve.viewers import Cursor, Viewer
-from vidgen.serve.wire import Wire
+from vidgen.serve.work.feeds import Feed
 
 router = APIRouter()
 LOG = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Request
 from starlette.responses import Response, StreamingResponse
 
-from vidgen.serve.answers import errors
-from vidgen.serve.audience import audience_of
-from vidgen.serve.feeds import Event, Feed
-from vidgen.serve.routes_videos import VideoId
-from vidgen.serve.state import Server, find, server_of, unless_draining
+from vidgen.serve.http.answers import errors
+from vidgen.serve.http.routes_videos import VideoId
+from vidgen.serve.http.state import Server, find, server_of, unless_draining
+from vidgen.serve.live.audience import audience_of
+from vidgen.serve.work.feeds import Event, Feed
 
 SILENCE_S = 15.0  # then a comment, so that nobody in between takes the connection for dead
 MAX_NUMBER = 2**62

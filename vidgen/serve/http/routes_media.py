@@ -9,14 +9,14 @@ from fastapi import APIRouter, Query, Request
 from fastapi import Path as InPath
 from starlette.responses import Response, StreamingResponse
 
-from vidgen.serve import hls
-from vidgen.serve.answers import Files, errors, files_response, look
-from vidgen.serve.audience import audience_of
 from vidgen.serve.errors import ApiError, conflict, error, not_found, not_ready
-from vidgen.serve.feeds import Feed
+from vidgen.serve.http import hls
+from vidgen.serve.http.answers import Files, errors, files_response, look
+from vidgen.serve.http.routes_videos import VideoId
+from vidgen.serve.http.state import Server, find, server_of, unless_draining
+from vidgen.serve.live.audience import audience_of
 from vidgen.serve.records import Record, Status
-from vidgen.serve.routes_videos import VideoId
-from vidgen.serve.state import Server, find, server_of, unless_draining
+from vidgen.serve.work.feeds import Feed
 
 FIRST_CHUNK_S = 10.0  # a playlist without a segment helps no player: it is waited for
 MP4 = "video/mp4"

@@ -1,4 +1,4 @@
-"""The web page: the files of vidgen/serve/page, held in memory and served under names of their content.
+"""The web page: the files of vidgen/serve/http/page, held in memory and served under names of their content.
 
 `/` is index.html. It names the other files as `page/VERSION/FILE`, where VERSION is a digest of all of them:
 so they may be cached for good, and a new version of the package is never mixed with an old one.

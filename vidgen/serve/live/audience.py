@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 from starlette.applications import Starlette
 
 from vidgen.serve.errors import ApiError, conflict, error
-from vidgen.serve.feeds import Feed
+from vidgen.serve.http.state import Server
 from vidgen.serve.records import Kind
-from vidgen.serve.state import Server
+from vidgen.serve.work.feeds import Feed
 
 LOG = logging.getLogger(__name__)
 LATER = {"Retry-After": "10"}

@@ -10,8 +10,8 @@ from typing import Any, Literal, Self
 
 import httpx
 
-from vidgen.serve.client_files import download
-from vidgen.serve.client_http import (
+from vidgen.serve.client.files import download
+from vidgen.serve.client.http import (
     FINAL,
     Connection,
     Event,
@@ -23,7 +23,7 @@ from vidgen.serve.client_http import (
     read_events,
     read_json,
 )
-from vidgen.serve.client_live import Chunk, LiveStream, Policy, Report
+from vidgen.serve.client.live import Chunk, LiveStream, Policy, Report
 
 SERVER = "http://127.0.0.1:8711"
 POLL_S = 1.0  # where the server does not say

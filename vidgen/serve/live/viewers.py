@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vidgen.serve.feeds import Chunk, Feed
-from vidgen.serve.mime import mime_of
-from vidgen.serve.wire import Wire
+from vidgen.serve.live.mime import mime_of
+from vidgen.serve.live.wire import Wire
+from vidgen.serve.work.feeds import Chunk, Feed
 
 Policy = Literal["drop", "pause"]
 MAX_TEXTS = 256  # waiting for the socket; whoever adds one more waits too

@@ -20,9 +20,9 @@ from vidgen.denoise.loop import LoopState, run_tick
 from vidgen.engine import Engine
 from vidgen.execute import choose_device
 from vidgen.render import finish_early, is_disk_full, load_engine, render, resume
-from vidgen.serve.attempt import Attempt
 from vidgen.serve.config import ServerConfig, merged
-from vidgen.serve.messages import Beat, Ended, Order, Report, Run
+from vidgen.serve.work.attempt import Attempt
+from vidgen.serve.work.messages import Beat, Ended, Order, Report, Run
 
 LOG = logging.getLogger(__name__)
 DECIDE_ENGINE = {"model", "dtype", "loras", "tile", "offload", "text_cache", "compile"}

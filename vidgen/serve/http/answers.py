@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from vidgen.serve.errors import ApiError, error, from_validation
-from vidgen.serve.gate import render_json
+from vidgen.serve.http.gate import render_json
 from vidgen.serve.schema import ErrorBody
 
 PIECE_BYTES = 256 * 1024  # of a file, held in memory for a client at a time

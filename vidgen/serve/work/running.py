@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vidgen.serve.config import ServerConfig, input_file, video_folder
-from vidgen.serve.feeds import Feed
-from vidgen.serve.messages import Ended, Hold, Progressed, Run, Stop
 from vidgen.serve.records import Kind, Record, Status
-from vidgen.serve.replica import Replica
+from vidgen.serve.work.feeds import Feed
+from vidgen.serve.work.messages import Ended, Hold, Progressed, Run, Stop
+from vidgen.serve.work.replica import Replica
 
 Ending = tuple[str, str]  # error code, message
 CANCELLED: Ending = "cancelled", "cancelled before its end"

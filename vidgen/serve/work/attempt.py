@@ -22,7 +22,7 @@ from vidgen.journal import Journal
 from vidgen.live import Live, Wish
 from vidgen.media.blocks import WrittenBlock
 from vidgen.media.segments import write_atomically
-from vidgen.serve.messages import (
+from vidgen.serve.work.messages import (
     Beat,
     Committed,
     Hold,

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from vidgen.serve.errors import ApiError
-from vidgen.serve.feeds import Feed, Feeds
-from vidgen.serve.scheduler import Scheduler
+from vidgen.serve.work.feeds import Feed, Feeds
+from vidgen.serve.work.scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from vidgen.serve.state import Server
+    from vidgen.serve.http.state import Server
 
 LOOK_EVERY_S = 0.1
 REQUEST_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 30)

@@ -19,9 +19,9 @@ from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from typing import Literal
 
-from vidgen.serve import body
 from vidgen.serve.config import ServerConfig
-from vidgen.serve.messages import Beat, CannotStart, Lost, Order, Ready, Report
+from vidgen.serve.work import body
+from vidgen.serve.work.messages import Beat, CannotStart, Lost, Order, Ready, Report
 
 LOG = logging.getLogger(__name__)
 State = Literal["starting", "idle", "busy", "lost"]

@@ -10,12 +10,12 @@ from starlette.requests import HTTPConnection
 
 from vidgen.serve.config import ServerConfig, video_folder
 from vidgen.serve.errors import not_found
-from vidgen.serve.feeds import Feeds
-from vidgen.serve.metrics import Metrics
+from vidgen.serve.http.metrics import Metrics
+from vidgen.serve.http.security import Keys, Origins, Tickets, only_video, require
 from vidgen.serve.records import Record, is_id
-from vidgen.serve.scheduler import Scheduler
-from vidgen.serve.security import Keys, Origins, Tickets, only_video, require
 from vidgen.serve.store import Store
+from vidgen.serve.work.feeds import Feeds
+from vidgen.serve.work.scheduler import Scheduler
 
 Found = TypeVar("Found")
 

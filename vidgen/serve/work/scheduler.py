@@ -9,15 +9,16 @@ import asyncio
 import logging
 import time
 
-from vidgen.serve import housekeeping, reports
 from vidgen.serve.config import ServerConfig
 from vidgen.serve.errors import ApiError, conflict, error, not_found, unavailable
-from vidgen.serve.feeds import Feeds
-from vidgen.serve.housekeeping import Ledger, forever
-from vidgen.serve.messages import Interact, Report
 from vidgen.serve.records import Kind, Record, Status
-from vidgen.serve.replica import Replica, ReplicaFacts
-from vidgen.serve.running import (
+from vidgen.serve.store import Store
+from vidgen.serve.work import housekeeping, reports
+from vidgen.serve.work.feeds import Feeds
+from vidgen.serve.work.housekeeping import Ledger, forever
+from vidgen.serve.work.messages import Interact, Report
+from vidgen.serve.work.replica import Replica, ReplicaFacts
+from vidgen.serve.work.running import (
     CANCELLED,
     NO_FRAMES,
     RESTARTED,
@@ -26,7 +27,6 @@ from vidgen.serve.running import (
     ended_fields,
     status_data,
 )  # fmt: skip
-from vidgen.serve.store import Store
 
 LOG = logging.getLogger(__name__)
 WATCH_EVERY_S = 0.5

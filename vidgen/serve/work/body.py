@@ -17,10 +17,10 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from vidgen.serve.config import ServerConfig
-from vidgen.serve.messages import Beat, CannotStart, Order, Ready, Report, Run
+from vidgen.serve.work.messages import Beat, CannotStart, Order, Ready, Report, Run
 
 if TYPE_CHECKING:
-    from vidgen.serve.work import Worker
+    from vidgen.serve.work.worker import Worker
 
 BEAT_EVERY_S = 1.0
 BEHIND_THE_SERVER = 5  # niceness of a worker that computes on the CPU: requests are answered first
@@ -60,7 +60,7 @@ class Body:
         """Load the models, then make videos until killed."""
         started = time.monotonic()
         try:
-            from vidgen.serve.work import Worker
+            from vidgen.serve.work.worker import Worker
 
             worker = Worker(self._config, self.send)
             worker.warm_up()

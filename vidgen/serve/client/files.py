@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import httpx
 
-from vidgen.serve.client_http import AWAY, Connection, ServerError
+from vidgen.serve.client.http import AWAY, Connection, ServerError
 
 
 async def download(connection: Connection, path: str, params: Mapping[str, str], target: Path) -> Path:

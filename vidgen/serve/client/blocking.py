@@ -1,7 +1,4 @@
-"""The client of a vidgen server: `Client`, and `AsyncClient` for programs with an event loop.
-
-Needs httpx and websockets, not the engine. Failures are ServerError: status, code, message.
-"""
+"""`Client`: the asynchronous client on a loop of its own."""
 
 import asyncio
 import threading
@@ -10,24 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from vidgen.serve.client_async import SERVER, AsyncClient, Order, Variant
-from vidgen.serve.client_http import Event, ServerError, Unreachable, Video, VideoFailed
-from vidgen.serve.client_live import Chunk, LiveStream, Policy, Report, Start
-
-__all__ = [
-    "SERVER",
-    "AsyncClient",
-    "Chunk",
-    "Client",
-    "Event",
-    "LiveStream",
-    "ServerError",
-    "Session",
-    "Start",
-    "Unreachable",
-    "Video",
-    "VideoFailed",
-]
+from vidgen.serve.client.asynchronous import SERVER, AsyncClient, Order, Variant
+from vidgen.serve.client.http import Event, Video
+from vidgen.serve.client.live import Chunk, LiveStream, Policy, Report
 
 CLEANUP_S = 10.0
 T = TypeVar("T")

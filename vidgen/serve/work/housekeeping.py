@@ -10,9 +10,9 @@ from typing import Any
 
 from vidgen.serve.config import ServerConfig, input_file, video_folder
 from vidgen.serve.errors import ApiError, disk_full, queue_full
-from vidgen.serve.feeds import Feeds
 from vidgen.serve.records import Kind, Record, Status, is_id
 from vidgen.serve.store import Event, Store
+from vidgen.serve.work.feeds import Feeds
 
 LOG = logging.getLogger(__name__)
 RETRY_EVERY_S = 1.0

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vidgen.serve.errors import ApiError
-from vidgen.serve.housekeeping import is_full
-from vidgen.serve.messages import (
+from vidgen.serve.work.housekeeping import is_full
+from vidgen.serve.work.messages import (
     Committed,
     Ended,
     Lost,
@@ -17,11 +17,11 @@ from vidgen.serve.messages import (
     PromptRefused,
     Report,
 )  # fmt: skip
-from vidgen.serve.replica import Replica
-from vidgen.serve.running import CANCELLED, Running
+from vidgen.serve.work.replica import Replica
+from vidgen.serve.work.running import CANCELLED, Running
 
 if TYPE_CHECKING:
-    from vidgen.serve.scheduler import Scheduler
+    from vidgen.serve.work.scheduler import Scheduler
 
 LOG = logging.getLogger(__name__)
 KEEP_EVERY_S = 5.0

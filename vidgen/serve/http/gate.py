@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vidgen.serve.errors import ApiError, internal, too_large
-from vidgen.serve.security import SAFE_METHODS, identify
-from vidgen.serve.state import Server
+from vidgen.serve.http.security import SAFE_METHODS, identify
+from vidgen.serve.http.state import Server
 
 OPEN_PATHS = frozenset({"/health"})
 API_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import ceil
 from urllib.parse import urlencode
 
-from vidgen.serve.feeds import Chunk
+from vidgen.serve.work.feeds import Chunk
 
 MIME = "application/vnd.apple.mpegurl"
 

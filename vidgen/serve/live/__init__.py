@@ -1,0 +1,1 @@
+"""Live viewers over WebSockets, each at its own pace."""

@@ -1,0 +1,1 @@
+"""Workers: the queue handed out, processes that render, what they report."""
