@@ -1,6 +1,8 @@
 """Where Triton kernels run: on a CUDA device, or on the CPU by Triton's interpreter (TRITON_INTERPRET=1)."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -10,6 +12,7 @@ from triton import knobs, next_power_of_2
 
 INTERPRETED: bool = knobs.runtime.interpret  # a kernel is bound to it when it is defined
 _TRUNCATES = tl.constexpr(INTERPRETED)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def require_somewhere() -> None:
@@ -31,6 +34,11 @@ def require_here(*tensors: Tensor) -> AbstractContextManager[None]:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError("a tensor that requires gradients: Triton kernels have none; name another backend")
     return torch.cuda.device_of(first)
+
+
+def untraced(function: Function) -> Function:
+    """The function, called as it is also from compiled layers: torch's compiler cannot trace its launch."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 def padded(length: int) -> int:

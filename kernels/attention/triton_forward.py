@@ -14,7 +14,14 @@ from vidgen.kernels.attention.backends import Run
 from vidgen.kernels.attention.layout import BlockLayout
 from vidgen.kernels.attention.triton_kernel import forward_kernel
 from vidgen.kernels.attention.triton_tiles import Tile, fixed_tile, tuned
-from vidgen.kernels.triton_device import INTERPRETED, packed, padded, require_here, require_somewhere
+from vidgen.kernels.triton_device import (
+    INTERPRETED,
+    packed,
+    padded,
+    require_here,
+    require_somewhere,
+    untraced,
+)
 
 # B batch, Q queries, K keys, H heads, D head dimension, R rows, C key blocks, M longest list of a row
 
@@ -27,7 +34,7 @@ def load() -> Run:
     return run
 
 
-@torch.compiler.disable  # a compiled layer calls it as it is
+@untraced
 def run(
     query_BQHD: Tensor,
     key_BKHD: Tensor,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidgen.kernels.attention.triton_kernel import load_tile
-from vidgen.kernels.triton_device import INTERPRETED, packed, padded, require_here
+from vidgen.kernels.triton_device import INTERPRETED, packed, padded, require_here, untraced
 
 # B batch, Q queries, K keys, H heads, D head dimension, R rows, C key blocks
 
@@ -21,7 +21,7 @@ LOG2_E = math.log2(math.e)
 _LONGEST_TILE = 128
 
 
-@torch.compiler.disable  # a compiled layer calls it as it is
+@untraced
 def block_mass(
     query_BQHD: Tensor,
     key_BKHD: Tensor,
