@@ -8,7 +8,7 @@
 PYTHON ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 
 VENV := .venv
 STAMP := $(VENV)/.setup-stamp
@@ -26,7 +26,7 @@ demo: setup  ## render configs/demo.yaml to out/demo.mp4 with the built-in model
 	$(VENV)/bin/vidgen render --config configs/demo.yaml --output out/demo.mp4 --overwrite
 
 test: setup  ## run the tests (without a GPU, those marked gpu are skipped)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: setup  ## lint, types, sizes, import directions
 	$(VENV)/bin/python tools/check.py

@@ -1,5 +1,6 @@
 """What holds for every test: one torch thread, repeatable hypothesis examples, no GPU test without a GPU."""
 
+import signal
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,10 @@ else:
     hypothesis.settings.register_profile("vidgen", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("vidgen")
 
+# a shell's background jobs ignore it, and all that they start: tests send it and wait for what it does
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # xdist runs a process per core already, and one thread adds numbers up in the same order everywhere
 torch.set_num_threads(1)
 
@@ -24,7 +29,17 @@ def _cuda_works() -> bool:
         return torch.cuda.is_available()
 
 
+# folders whose files take longest: begun first, they do not keep one worker busy when the others are done
+SLOWEST = ("parallel", "serve", "render", "families", "cli", "kernels")
+
+
+def _place(item: pytest.Item) -> int:
+    room = item.path.relative_to(Path(__file__).parent).parts[0]
+    return SLOWEST.index(room) if room in SLOWEST else len(SLOWEST)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
     if _cuda_works():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")

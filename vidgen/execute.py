@@ -44,6 +44,7 @@ class InOneProcess:
     def __init__(self, engine: Engine, plan: Plan, device: Device) -> None:
         self.engine, self.plan = engine, plan
         self.device: Device = device
+        self._num_repeated = 0
 
     def steps(self, hooks: Hooks) -> Iterator[Step]:
         """See Executor.steps."""
@@ -62,6 +63,7 @@ class InOneProcess:
                 )
                 for finished in run_tick(task, state, hooks.check)
             ]
+            self._num_repeated = state.still.total
             stop = hooks.should_stop()
             is_saved = stop or state.next_tick % self.plan.job.state_every == 0
             yield Step(state.next_tick, decoded, state if is_saved else None)
@@ -69,9 +71,13 @@ class InOneProcess:
                 return
 
     def evidence(self) -> dict[str, Any] | None:
-        """What sparse attention left out; else the loop has nothing to tell."""
-        sparsity = self.plan.task.sparsity
-        return None if sparsity is None else {"attention": sparsity.tally.layers()}
+        """What sparse attention left out and which blocks were repeated; else there is nothing to tell."""
+        task, told = self.plan.task, {}
+        if task.sparsity is not None:
+            told["attention"] = task.sparsity.tally.layers()
+        if task.still is not None:
+            told["repeated_blocks"] = self._num_repeated
+        return told or None
 
 
 class OnRanks:

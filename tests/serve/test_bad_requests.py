@@ -282,7 +282,9 @@ def test_bytes_that_are_no_request_end_in_an_answer(
             text = b""
             while piece := found.recv(65536):
                 text += piece
-        except (ConnectionResetError, BrokenPipeError):
+        except TimeoutError:
+            raise
+        except OSError:
             text = b""  # hung up on while still talking
     assert b"Traceback" not in text and not text.startswith(b"HTTP/1.1 5"), text[:300]
     assert client.get("/health").status_code == 200
