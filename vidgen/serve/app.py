@@ -31,6 +31,7 @@ from vidgen.serve.work.scheduler import Scheduler
 MAX_MESSAGE_BYTES = 64 * 1024  # of a WebSocket's client, who sends prompts only
 MAX_HEADER_BYTES = 64 * 1024
 KEEP_ALIVE_S = 30
+BACKLOG = 512
 
 
 def make_app(config: ServerConfig) -> FastAPI:
@@ -191,9 +192,15 @@ def _is_page(path: str) -> bool:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # told to be TCP: asyncio turns Nagle's algorithm off only then, which else costs 40 ms an answer
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=family, backlog=512)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+        return listener
     except OSError as error:
+        listener.close()
         raise ValueError(
             f"host={host}, port={port}: cannot listen there: {error.strerror}; give another --port, or 0"
         ) from error
