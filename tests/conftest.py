@@ -29,13 +29,14 @@ def _cuda_works() -> bool:
         return torch.cuda.is_available()
 
 
-# folders whose files take longest: begun first, they do not keep one worker busy when the others are done
-SLOWEST = ("parallel", "serve", "render", "families", "cli", "kernels")
+# folders whose files take longest: begun first, they do not keep one worker busy when the others are done;
+# before all of them those of the command line, which must find no Ray that tests before them have left
+FIRST = ("cli", "parallel", "serve", "render", "families", "kernels")
 
 
 def _place(item: pytest.Item) -> int:
     room = item.path.relative_to(Path(__file__).parent).parts[0]
-    return SLOWEST.index(room) if room in SLOWEST else len(SLOWEST)
+    return FIRST.index(room) if room in FIRST else len(FIRST)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
