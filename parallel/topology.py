@@ -1,19 +1,70 @@
-"""Which rank holds which layers. Integers only: no tensors, no devices, no processes.
+"""Which rank does which part of the work. Integers only: no tensors, no devices, no processes.
 
-The ranks of one render form a row of stages; a tick's forwards pass through them in order.
+The ranks of one render form lanes, each a row of stages: a tick's forwards pass through the stages of every
+lane in order. Lanes share a forward's tokens, attention heads, branches of guidance or frames.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Literal, get_args
+
+Axis = Literal["clip", "guidance", "ring", "ulysses"]
+AXES: tuple[Axis, ...] = get_args(Axis)  # of lanes, the slowest first in the numbers of lanes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lanes:
+    """How many lanes share each kind of work; 1 is the identity. Their product is the number of lanes."""
+
+    clip: int = 1  # runs of frames, in lock step
+    guidance: int = 1  # branches of guidance
+    ring: int = 1  # tokens: keys and values are passed around
+    ulysses: int = 1  # tokens, or within attention its heads
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise ValueError(f"{axis}={getattr(self, axis)}: need at least 1")
+
+    @property
+    def num_lanes(self) -> int:
+        return prod(self.sizes)
+
+    @property
+    def sequence(self) -> int:
+        """Lanes that share the tokens of a frame."""
+        return self.ring * self.ulysses
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """In the order of AXES."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    def coordinate(self, lane: int, axis: Axis) -> int:
+        """Where a lane stands along an axis."""
+        place = AXES.index(axis)
+        return lane // prod(self.sizes[place + 1 :]) % self.sizes[place]
+
+    def peers(self, lane: int, *axes: Axis) -> tuple[int, ...]:
+        """The lanes that differ from this one along those axes only, this one too, in order."""
+        others: list[Axis] = [axis for axis in AXES if axis not in axes]
+        return tuple(
+            peer
+            for peer in range(self.num_lanes)
+            if all(self.coordinate(peer, axis) == self.coordinate(lane, axis) for axis in others)
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One rank's part of the model. The first stage also embeds, the last one also projects."""
+    """One rank's part of the work. A lane's first stage also embeds, its last one also projects."""
 
     index: int
     num_stages: int
     layers: range
+    lane: int = 0
+    lanes: Lanes = Lanes()
 
     @property
     def is_first(self) -> bool:
@@ -23,12 +74,35 @@ class Stage:
     def is_last(self) -> bool:
         return self.index == self.num_stages - 1
 
+    @property
+    def rank(self) -> int:
+        return self.rank_of(self.lane)
+
+    @property
+    def before(self) -> int:
+        """The rank that sends to this one."""
+        return self.lane * self.num_stages + (self.index - 1) % self.num_stages
+
+    @property
+    def after(self) -> int:
+        """The rank that this one sends to."""
+        return self.lane * self.num_stages + (self.index + 1) % self.num_stages
+
+    def rank_of(self, lane: int) -> int:
+        """The rank that holds the same layers in a lane."""
+        return lane * self.num_stages + self.index
+
+    def peers(self, *axes: Axis) -> tuple[int, ...]:
+        """Ranks with the same layers in the lanes along those axes, this one too."""
+        return tuple(self.rank_of(lane) for lane in self.lanes.peers(self.lane, *axes))
+
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """A row of stages, said by how many layers each holds."""
+    """Lanes of stages; the stages said by how many layers each holds."""
 
     layers_per_stage: tuple[int, ...]
+    lanes: Lanes = Lanes()
 
     @property
     def num_stages(self) -> int:
@@ -38,13 +112,27 @@ class Topology:
     def num_layers(self) -> int:
         return sum(self.layers_per_stage)
 
+    @property
+    def num_ranks(self) -> int:
+        return self.num_stages * self.lanes.num_lanes
+
     def stage(self, rank: int) -> Stage:
-        """What a rank holds."""
-        first = sum(self.layers_per_stage[:rank])
-        return Stage(rank, self.num_stages, range(first, first + self.layers_per_stage[rank]))
+        """What a rank holds: ranks are numbered lane by lane."""
+        lane, index = divmod(rank, self.num_stages)
+        first = sum(self.layers_per_stage[:index])
+        layers = range(first, first + self.layers_per_stage[index])
+        return Stage(index, self.num_stages, layers, lane, self.lanes)
 
     def stages(self) -> tuple[Stage, ...]:
-        return tuple(self.stage(rank) for rank in range(self.num_stages))
+        """Every rank's."""
+        return tuple(self.stage(rank) for rank in range(self.num_ranks))
+
+
+def parts(total: int, num_parts: int) -> tuple[range, ...]:
+    """Consecutive ranges that share `total` things evenly; some may be empty."""
+    return tuple(
+        range(part * total // num_parts, (part + 1) * total // num_parts) for part in range(num_parts)
+    )
 
 
 def check_num_ranks(num_ranks: int, num_layers: int) -> None:
