@@ -14,8 +14,10 @@ from torch import Tensor
 from vidgen.denoise.loop import LoopState
 from vidgen.parallel.cluster import offered_ranks
 from vidgen.parallel.evidence import Evidence, SpanFile
+from vidgen.parallel.first import OfferedChange
 from vidgen.parallel.gang import Gang, GangConfig, GangFailed
 from vidgen.parallel.rank import Blueprint
+from vidgen.parallel.standing import Gangs
 from vidgen.parallel.steps import Decode, Hooks, Step, blocks_before
 
 SETTLE_S = 5.0  # how long a cluster may take to notice what has been freed
@@ -31,10 +33,18 @@ class Coordinator:
     def __init__(
         self, config: GangConfig, blueprint: Blueprint, load_decode: Callable[[Tensor | None], Decode], *,
         max_restarts: int, min_ranks: int | None = None, spans: SpanFile | None = None,
+        gangs: Gangs | None = None,
     ) -> None:  # fmt: skip
         self.config, self.blueprint, self.load_decode = config, blueprint, load_decode
         self.max_restarts, self.min_ranks, self.spans = max_restarts, min_ranks, spans
         self.evidence = Evidence(blueprint.task)
+        self._gangs = gangs or Gangs()
+        self._offered: list[OfferedChange] = []  # and not taken up yet
+        self._num_told = 0  # of those, that the gang has been told
+
+    def offer(self, change: OfferedChange) -> None:
+        """Another prompt, as soon as the ranks can take it up: see Step.taken_up, one for each in order."""
+        self._offered.append(change)
 
     def steps(self, hooks: Hooks) -> Iterator[Step]:
         """Everything to commit, until the last tick or until asked to stop. RanksFailed, see the class."""
@@ -46,8 +56,9 @@ class Coordinator:
             warm_up = hooks.latents_before(blocks_before(self.blueprint.task.timetable, state.next_tick))
             try:
                 load = partial(self.load_decode, warm_up)
-                with Gang(self._config(attempt), self.blueprint, load) as gang:
-                    gang.start(state)
+                with self._gangs.gang(self._config(attempt)) as gang:
+                    gang.start(self.blueprint, load, state)
+                    self._num_told = 0
                     assert gang.topology is not None
                     hooks.placed(gang.places())
                     self.evidence.begin(gang.topology, state.next_tick, gang.places()[:-1])
@@ -72,6 +83,8 @@ class Coordinator:
         ticks_done = state.next_tick
         while True:
             hooks.check()
+            gang.offer(self._offered[self._num_told :])
+            self._num_told = len(self._offered)
             news = gang.look(stop=hooks.should_stop(), committed_blocks=hooks.committed_blocks())
             for decoded in news.decoded:
                 assert decoded.block == num_decoded, f"block {decoded.block} came instead of {num_decoded}"
@@ -85,7 +98,9 @@ class Coordinator:
             self.evidence.update(gang.stats(), gang.decoder_stats())
             if self.spans is not None:
                 self.spans.write(attempt, news.spans)
-            yield Step(ticks_done, news.decoded, safe[-1] if safe else None)
+            del self._offered[: len(news.taken_up)]
+            self._num_told -= len(news.taken_up)
+            yield Step(ticks_done, news.decoded, safe[-1] if safe else None, tuple(news.taken_up))
             if (
                 news.ended_at is not None
                 and num_decoded == blocks_before(task.timetable, news.ended_at)

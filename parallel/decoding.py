@@ -24,35 +24,51 @@ class DecodeReport:
 class Decoder:
     """Decodes blocks in the order given. How many may wait here is the first rank's business."""
 
-    def __init__(self, load: Callable[[], Decode], num_threads: int, whereabouts: Whereabouts) -> None:
-        self._load, self._num_threads, self._whereabouts = load, num_threads, whereabouts
-        self._waiting: queue.SimpleQueue[tuple[int, Tensor]] = queue.SimpleQueue()
-        self._decoded: queue.SimpleQueue[Decoded] = queue.SimpleQueue()
-        self._failure: Failure | None = None
-        threading.Thread(target=self._guarded, daemon=True).start()
+    def __init__(self, whereabouts: Whereabouts) -> None:
+        self._whereabouts = whereabouts
+        self._work: _Work | None = None
 
     def where(self) -> Whereabouts:
         return self._whereabouts
 
+    def begin(self, load: Callable[[], Decode], num_threads: int) -> None:
+        """Decode for this render from now on; what is left of the one before is dropped."""
+        if self._work is not None:
+            self._work.waiting.put(None)
+        self._work = _Work(load, num_threads)
+        threading.Thread(target=self._work.run, daemon=True).start()
+
     def put(self, block: int, latents: Tensor) -> None:
         """Decode this block when those before it are done."""
-        self._waiting.put((block, latents))
+        assert self._work is not None
+        self._work.waiting.put((block, latents))
 
     def poll(self) -> DecodeReport:
         """What has been decoded since the last call."""
-        failure, decoded = self._failure, []
-        while not self._decoded.empty():
-            decoded.append(self._decoded.get())
+        work = self._work
+        assert work is not None
+        failure, decoded = work.failure, []
+        while not work.decoded.empty():
+            decoded.append(work.decoded.get())
         return DecodeReport(decoded=decoded, failure=failure, peak_memory_bytes=peak_memory_bytes())
 
-    def _guarded(self) -> None:
+
+class _Work:
+    """One render's decoding, in a thread of its own."""
+
+    def __init__(self, load: Callable[[], Decode], num_threads: int) -> None:
+        self._load, self._num_threads = load, num_threads
+        self.waiting: queue.SimpleQueue[tuple[int, Tensor] | None] = queue.SimpleQueue()
+        self.decoded: queue.SimpleQueue[Decoded] = queue.SimpleQueue()
+        self.failure: Failure | None = None
+
+    def run(self) -> None:
         try:
             with threads(self._num_threads):
                 decode = self._load()
-                while True:
-                    block, latents = self._waiting.get()
-                    frames = decode(latents)
-                    self._decoded.put(Decoded(block=block, latents=latents, frames=frames))
+                while (given := self.waiting.get()) is not None:
+                    block, latents = given
+                    self.decoded.put(Decoded(block=block, latents=latents, frames=decode(latents)))
         except BaseException as error:
             message = f"decoder: {type(error).__name__}: {error}"
-            self._failure = Failure(message=message, trace=traceback.format_exc())
+            self.failure = Failure(message=message, trace=traceback.format_exc())

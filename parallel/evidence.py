@@ -10,7 +10,7 @@ from typing import Any
 from vidgen.denoise.loop import Task
 from vidgen.parallel.pipeline import Span
 from vidgen.parallel.slots import least_slots
-from vidgen.parallel.topology import Topology
+from vidgen.parallel.topology import AXES, Topology
 
 COLUMNS = ["attempt", "rank", *Span.__slots__]
 
@@ -29,13 +29,14 @@ class Evidence:
         self._started_s = time.monotonic()
         self._attempts.append(
             {
-                "num_ranks": topology.num_stages,
+                "num_ranks": topology.num_ranks,
                 "layers_per_rank": list(topology.layers_per_stage),
+                "lanes": {axis: getattr(topology.lanes, axis) for axis in AXES},
                 "first_tick": first_tick,
                 "least_slots": least_slots(
                     self.task.timetable,
                     topology.num_stages,
-                    self.task.runs_at,
+                    lambda step: -(-self.task.runs_at(step) // topology.lanes.guidance),
                     first_tick=first_tick,
                 ),
                 "ranks": places,
@@ -51,7 +52,7 @@ class Evidence:
         attempt["decoder"] = decoder
         last = attempt["ranks"][-1]
         items, slots = last.get("items", 0), last.get("last_slot", 0)
-        num_ranks = attempt["num_ranks"]
+        num_ranks, num_stages = attempt["num_ranks"], len(attempt["layers_per_rank"])
         attempt["slots"] = slots
         attempt["utilisation"] = round(attempt["least_slots"] / slots, 4) if slots else 0.0
         attempt["bubble_share"] = round(1 - items / slots, 4) if slots else 0.0
@@ -60,9 +61,10 @@ class Evidence:
         busy = sum(rank.get("busy_s", 0) for rank in attempt["ranks"])
         attempt["busy_share"] = round(busy / num_ranks / max(attempt["working_s"], 1e-9), 4)
         attempt["bytes_per_link"] = {
-            f"{rank}->{(rank + 1) % num_ranks}": found.get("bytes_sent", 0)
+            f"{rank}->{rank + 1 - num_stages * ((rank + 1) % num_stages == 0)}": found.get("bytes_sent", 0)
             for rank, found in enumerate(attempt["ranks"])
         }
+        attempt["bytes_between_lanes"] = sum(found.get("lane_bytes_sent", 0) for found in attempt["ranks"])
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""

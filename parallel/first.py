@@ -6,6 +6,7 @@ That changes nothing in what is computed, since every read names its version.
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -13,14 +14,28 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vidgen.conditioning.prompts import BlockTexts, PromptChange
+from vidgen.denoise.attending import Attending
 from vidgen.denoise.lending import Lent
-from vidgen.denoise.loop import BlockState, FinishedBlock, LoopState, Task, Window, make_window, take_step
+from vidgen.denoise.loop import BlockState, FinishedBlock, LoopState, Task, Window, make_window, take_steps
 from vidgen.denoise.timetable import Forward
-from vidgen.parallel.pipeline import Links, Shapes, StageRun
+from vidgen.model.dit import Conditioning
+from vidgen.parallel.lead import Follower, Lead, Leader, Word
+from vidgen.parallel.pipeline import GivenUp, Links, StageRun
+from vidgen.parallel.shapes import Shapes
 from vidgen.parallel.topology import Stage
 from vidgen.parallel.transport import Header, Kind
 
 LOOK_EVERY_S = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfferedChange:
+    """A prompt for all blocks that are not admitted yet."""
+
+    prompt: str
+    transition_blocks: int
+    text_1NT: Tensor
 
 
 class Watcher(Protocol):
@@ -44,6 +59,14 @@ class Watcher(Protocol):
 
     def should_stop(self) -> bool: ...
 
+    def offered(self) -> Sequence[OfferedChange]:
+        """All changes of the prompt that were ever offered to this rank, in order."""
+        ...
+
+    def taken_up(self, first_block: int | None) -> None:
+        """The next of them holds from a block on; None when it came too late."""
+        ...
+
 
 @dataclass
 class InFlight:
@@ -51,7 +74,7 @@ class InFlight:
 
     tick: int
     forward: Forward
-    own: BlockState
+    owns: list[BlockState]
     window: Window
     batch: int
     is_last_of_tick: bool
@@ -59,14 +82,17 @@ class InFlight:
 
 
 class FirstStage(StageRun):
-    """See the module. `max_in_flight` items at most are on their way through the stages."""
+    """See the module. `max_in_flight` items at most are on their way through the stages.
+
+    Of a lane's only stage it is both ends: what it sends itself must have room for as many.
+    """
 
     def __init__(
         self, stage: Stage, task: Task, shapes: Shapes, links: Links, *, state: LoopState | None = None,
-        max_in_flight: int | None = None, keepalive_s: float = 5.0, **options: Any,
+        max_in_flight: int | None = None, keepalive_s: float = 5.0, lead: Lead | None = None, **options: Any,
     ) -> None:  # fmt: skip
         state = state or LoopState()
-        assert task.still is None and not task.timetable.joint, "in one process only"
+        assert task.still is None, "in one process only"
         super().__init__(
             stage,
             task.models,
@@ -75,7 +101,7 @@ class FirstStage(StageRun):
             task.runs_at,
             links,
             lent=state.lent,
-            sparsity=task.sparsity,
+            attending=attending_of(task, stage, state.lent),
             backend=task.attention_backend,
             **options,
         )
@@ -83,7 +109,8 @@ class FirstStage(StageRun):
         self.blocks = dict(state.blocks)
         self.next_tick = self.ticks_done = state.next_tick
         self.max_in_flight = max_in_flight or default_in_flight(stage.num_stages)
-        self.keepalive_s = keepalive_s
+        self.keepalive_s, self.lead = keepalive_s, lead or Leader()
+        self.num_changes = 0
         self._in_flight: deque[tuple[InFlight, Header]] = deque()
         self._came_back_slot = 0  # of the newest result, which was taken because somebody needed it
         self._lent_after: dict[int, Lent] = {}
@@ -105,17 +132,18 @@ class FirstStage(StageRun):
         forwards = self.timetable.forwards(tick)
         for forward in forwards:
             self._take_what_it_reads(forward, watcher)
-            own = self.blocks[forward.block]
-            window = make_window(self.task, self.blocks, forward, own)
-            texts = self.task.run_texts(self.timetable.block(forward.block), forward.step)
-            started = InFlight(tick, forward, own, window, self.shapes.batch, forward is forwards[-1])
+            owns = [self.blocks[block] for block, _ in forward.parts]
+            window = make_window(self.task, self.blocks, forward, *owns)
+            newest, step = forward.parts[-1]
+            texts = self.task.run_texts(self.timetable.block(newest), step)
+            started = InFlight(tick, forward, owns, window, self.shapes.batch, forward is forwards[-1])
             self.lending.begin(forward)
-            for run, text in enumerate(texts):
+            for run in self.runs(forward):
                 while len(self._in_flight) >= self.max_in_flight:
                     self._take_one(watcher)
                 item = Header(Kind.WORK, tick, forward.block, forward.step, run)
                 item = item._replace(slot=self.next_slot(self._came_back_slot))
-                parts = self.work(item, partial(self._compute, item, window, text))
+                parts = self.work(item, partial(self._compute, item, started, texts[run]))
                 self.send(item, parts)
                 self._in_flight.append((started, item))
         self.end_tick(tick)
@@ -123,21 +151,21 @@ class FirstStage(StageRun):
             self._lent_after[tick] = self.lending.lent.copy()
         self.next_tick = tick + 1
 
-    def _compute(self, item: Header, window: Window, text: Tensor) -> tuple[Tensor, ...]:
-        latents, _ = window.repeated(text.shape[0])
-        shared = self.task.conditioning(item.step, window.levels, text)
-        tokens = self.model_at(item).embed(latents)
-        tokens = self.run_layers(item, tokens, shared, window.frames_before)
-        return tokens, shared.noise_BFD, shared.noise_BF6D, shared.text_BND
+    def _compute(self, item: Header, started: InFlight, text: Tensor) -> tuple[Tensor, ...]:
+        latents, _ = started.window.repeated(text.shape[0])
+        shared = self.task.conditioning(item.step, started.window.levels, text)
+        tokens = self.lane.cut(self.model_at(item).embed(latents))
+        noise, noise6 = (self.lane.cut_frames(rows) for rows in (shared.noise_BFD, shared.noise_BF6D))
+        return self.run_layers(item, tokens, Conditioning(noise, noise6, shared.text_BND), started.forward)
 
     def _take_what_it_reads(self, forward: Forward, watcher: Watcher) -> None:
         """Take results until the versions that a forward reads are here."""
-        reads = [(forward.block, forward.step)]
+        reads = list(forward.parts)
         if forward.before_latents is not None:
             reads.append((forward.before_latents.block, forward.before_latents.step))
-        if forward.step == 0 and forward.block not in self.blocks:
-            self.blocks[forward.block] = self.task.new_block(self.timetable.block(forward.block))
         for block, steps_done in reads:
+            if steps_done == 0 and block not in self.blocks:
+                self.blocks[block] = self.task.new_block(self.timetable.block(block))
             while self.blocks[block].steps_done < steps_done:
                 self._take_one(watcher)
 
@@ -146,21 +174,21 @@ class FirstStage(StageRun):
         header, buffer = self.receive()
         started, item = self._in_flight.popleft()
         if not header.same_item(item):
-            raise AssertionError(f"rank {self.stage.index}: expected {item}, got {header}")
+            raise AssertionError(f"rank {self.stage.rank}: expected {item}, got {header}")
         self._came_back_slot = header.slot
-        own = started.own
-        shapes = self.shapes.result(own.latents_BCFYX.shape[2])
-        (out,) = self.links.incoming.layout.read(buffer, shapes)
+        frames = sum(own.latents_BCFYX.shape[2] for own in started.owns)
+        (out,) = self.links.incoming.layout.read(buffer, self.shapes.result(frames))
         window = started.window.own_frames()
         velocity = self.model_at(item).velocity(out, *window.repeated(started.batch))
         started.velocities.extend(velocity.split(1))
-        if len(started.velocities) < self.task.branches_at(started.forward.step):
+        if item.run != self.runs(started.forward)[-1]:
             return
-        block = started.forward.block
-        stepped = take_step(self.task, started.forward, own, started.velocities)
-        self.blocks[block] = stepped
-        if stepped.steps_done == self.timetable.num_steps:
-            watcher.finished(FinishedBlock(self.timetable.block(block), stepped.latents_BCFYX))
+        velocities = self.lane.all_branches(started.velocities)
+        stepped = take_steps(self.task, started.forward, started.owns, velocities)
+        self.blocks |= stepped
+        for block, state in sorted(stepped.items()):
+            if state.steps_done == self.timetable.num_steps:
+                watcher.finished(FinishedBlock(self.timetable.block(block), state.latents_BCFYX))
         if started.is_last_of_tick:
             self._end_tick(started.tick, watcher)
 
@@ -185,32 +213,83 @@ class FirstStage(StageRun):
 
     def _wait_for_leave(self, watcher: Watcher) -> bool:
         """Whether the next tick may begin; False when asked to stop instead."""
-        if watcher.should_stop():
-            return False
-        if watcher.may_begin():
-            return True
+        if isinstance(self.lead, Follower):
+            return self._follow(self.lead, watcher)
+        may_begin = not watcher.should_stop() and (watcher.may_begin() or self._has_room_later(watcher))
+        if may_begin:
+            self._take_up(watcher, len(watcher.offered()))
+        kind = Kind.WORK if may_begin else Kind.STOP
+        self.lead.tell(Word(kind, self.next_tick, self.num_changes))
+        return may_begin
+
+    def _has_room_later(self, watcher: Watcher) -> bool:
+        """Wait until what the next tick finishes has room; False when asked to stop before that."""
+        assert isinstance(self.lead, Leader)
+        self.lead.tell(Word(Kind.IDLE, self.next_tick))  # or others would not take what this lane waits for
         self._take_all(watcher)
         last = time.monotonic()
         self.doing = "waiting for room"
         while not watcher.may_begin():
             if watcher.should_stop():
                 return False
+            if self.given_up.is_set():
+                raise GivenUp
             time.sleep(LOOK_EVERY_S)
             if time.monotonic() - last > self.keepalive_s:
-                self.links.outgoing.send(Header(Kind.IDLE))
+                self.lead.tell(Word(Kind.IDLE, self.next_tick))
+                self._keep_alive()
                 last = time.monotonic()
         return True
+
+    def _follow(self, leader: Follower, watcher: Watcher) -> bool:
+        """The same, as the leading lane decided."""
+        self.doing = "waiting for the first lane"
+        while (word := leader.hear()).kind == Kind.IDLE:
+            self._take_all(watcher)
+            self._keep_alive()
+        assert word.tick == self.next_tick, f"told of tick {word.tick} before tick {self.next_tick}"
+        self._take_up(watcher, word.num_changes)
+        return word.kind == Kind.WORK
+
+    def _keep_alive(self) -> None:
+        if not self.stage.is_last:
+            self.links.outgoing.send(Header(Kind.IDLE))
+
+    def _take_up(self, watcher: Watcher, num_changes: int) -> None:
+        """Let the prompts that were offered hold from the first block on that is not admitted yet."""
+        first_block = -(-self.next_tick // self.timetable.stride)
+        for change in watcher.offered()[self.num_changes : num_changes]:
+            is_late = first_block >= self.timetable.num_blocks
+            if not is_late:
+                assert isinstance(self.task.texts, BlockTexts)
+                self.task.texts.change(
+                    PromptChange(
+                        prompt=change.prompt,
+                        first_block=first_block,
+                        transition_blocks=change.transition_blocks,
+                    ),
+                    change.text_1NT,
+                )
+            watcher.taken_up(None if is_late else first_block)
+        self.num_changes = max(self.num_changes, num_changes)
 
     def _stop(self, watcher: Watcher) -> int:
         """Finish what has started, tell the others, and leave a state."""
         self._take_all(watcher)
-        self.send(Header(Kind.STOP, self.next_tick))
+        if not self.stage.is_last:
+            self.send(Header(Kind.STOP, self.next_tick))
         self.links.outgoing.flush()
         if not (self.next_tick and self.is_saved_after(self.next_tick - 1)):
             kept = self.timetable.kept_after(self.next_tick - 1) if self.next_tick else range(0)
             watcher.save(self._state(kept, self.lending.lent.copy()))
         self.doing = "done"
         return self.next_tick
+
+
+def attending_of(task: Task, stage: Stage, lent: Lent) -> Attending | None:
+    """What gives a stage's layers sparse attention; in lock step the lane does, see lane.py."""
+    found = task.attending(stage.layers, lent)
+    return found if isinstance(found, Attending) else None
 
 
 def default_in_flight(num_stages: int, link_depth: int = 1) -> int:

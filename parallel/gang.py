@@ -1,13 +1,14 @@
-"""The ranks of one attempt as Ray actors: started together, watched, and ended together.
+"""Ranks as Ray actors: started together, watched, and ended together.
 
 The gang only starts, watches and collects; ranks talk to each other by themselves (rank.py). A rank that
-died, failed, or does not answer ends the attempt with GangFailed, which names it.
+died, failed, or does not answer ends the attempt with GangFailed, which names it. A gang whose attempt ended
+well can be given the next render (standing.py).
 """
 
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +18,16 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from vidgen.denoise.lending import join_layers
 from vidgen.denoise.loop import LoopState
 from vidgen.parallel.actors import DecoderActor, RankActor
 from vidgen.parallel.cluster import Needs
 from vidgen.parallel.decoding import DecodeReport
+from vidgen.parallel.first import OfferedChange
 from vidgen.parallel.rank import Blueprint, Failure, Report, Whereabouts
+from vidgen.parallel.shapes import Shapes
+from vidgen.parallel.shares import join, share
 from vidgen.parallel.steps import Decode, Decoded
-from vidgen.parallel.topology import Topology, balanced, by_hand
+from vidgen.parallel.topology import Lanes, Topology, balanced, by_hand
 
 POLL_EVERY_S = 0.2
 BLAME_WITHIN_S = 2.0  # after a first failure: how long the true cause may take to show
@@ -43,6 +46,7 @@ class GangConfig:
     name: str  # of the placement group
     placement: str = "PACK"
     layers_per_rank: tuple[int, ...] | None = None
+    lanes: Lanes = Lanes()
     heartbeat_timeout_s: float = 15.0
     start_timeout_s: float = 120.0
 
@@ -54,6 +58,8 @@ class Member:
     index: int
     actor: Any
     where: Whereabouts | None = None
+    heard_s: float = 0.0  # when it last answered anything
+    ping: Any = None  # asked while the gang is at rest, and not answered yet
     asked_s: float = 0.0  # when the poll that is not answered yet was sent
     pending: Any = None
     report: Report | None = None
@@ -75,16 +81,16 @@ class News:
     decoded: list[Decoded] = field(default_factory=list)
     states: list[LoopState] = field(default_factory=list)
     spans: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)  # (rank, span)
+    taken_up: list[int | None] = field(default_factory=list)  # see rank.Report
     ticks_done: int = 0
     ended_at: int | None = None
 
 
 class Gang:
-    """One attempt's ranks and decoder. Use as a context manager: leaving it ends every process of it."""
+    """Ranks and their decoder. Use as a context manager: leaving it ends every process of it."""
 
-    def __init__(self, config: GangConfig, blueprint: Blueprint, load_decode: Callable[[], Decode]) -> None:
-        self.config, self.blueprint = config, blueprint
-        self._load_decode = load_decode
+    def __init__(self, config: GangConfig) -> None:
+        self.config = config
         self._group: PlacementGroup | None = None
         self.members: list[Member] = []
         self.topology: Topology | None = None
@@ -106,33 +112,97 @@ class Gang:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start(self, state: LoopState) -> None:
+    def start(self, blueprint: Blueprint, load_decode: Callable[[], Decode], state: LoopState) -> None:
         """Cut the layers, and set every rank to work from this state. GangFailed when one cannot."""
-        num_layers, num_ranks = self.blueprint.task.model.config.num_layers, len(self.ranks)
-        first = self.ranks[0]
-        given = self.config.layers_per_rank
-        if given is not None and len(given) == num_ranks:
-            self.topology = by_hand(given, num_layers)
-        else:  # a gang with fewer ranks than were asked for is cut anew
-            costs = self._ask(first.actor.measure.remote(), first)
-            self.topology = balanced(
-                num_layers, num_ranks, layer=costs.layer, first=costs.first, last=costs.last
-            )
+        self._parts = {}
+        for member in self.members:
+            member.report = None
+        decoder = self.members[-1]
+        shared = ray.put(blueprint)
+        begun = [(decoder, decoder.actor.begin.remote(load_decode, blueprint.threads))]
+        begun += [(member, member.actor.begin.remote(shared)) for member in self.ranks]
+        self._ask_all(begun)
+        self.topology = self._cut(blueprint)
+        first, topology = self.ranks[0], self.topology
+        tokens_per_frame = Shapes.of(blueprint.task).tokens_per_frame
         meet_at = self._ask(first.actor.open_door.remote(), first)
-        started = [
-            (member, member.actor.start.remote(
-                self.topology,
-                LoopState(
-                    state.next_tick,
-                    state.blocks if member.index == 0 else {},
-                    state.lent.layers(self.topology.stage(member.index).layers),
-                ),
-                meet_at,
-            ))
-            for member in self.ranks
-        ]  # fmt: skip
-        for member, reference in started:
-            self._ask(reference, member)
+        self._ask_all(
+            [
+                (member, member.actor.start.remote(
+                    topology, share(state, topology.stage(member.index), tokens_per_frame), meet_at
+                ))
+                for member in self.ranks
+            ]
+        )  # fmt: skip
+
+    def _cut(self, blueprint: Blueprint) -> Topology:
+        """Which rank holds what."""
+        given, lanes = self.config.layers_per_rank, self.config.lanes
+        num_layers, num_ranks = blueprint.task.model.config.num_layers, len(self.ranks)
+        if num_ranks % lanes.num_lanes:
+            lanes = Lanes()  # fewer ranks than were asked for: a single lane takes any number
+        num_stages = num_ranks // lanes.num_lanes
+        if given is not None and len(given) == num_stages:
+            return Topology(by_hand(given, num_layers).layers_per_stage, lanes)
+        if num_stages == 1:
+            return Topology((num_layers,), lanes)
+        first = self.ranks[0]  # a gang with fewer ranks than were asked for is cut anew
+        costs = self._ask(first.actor.measure.remote(), first)
+        cut = balanced(num_layers, num_stages, layer=costs.layer, first=costs.first, last=costs.last)
+        return Topology(cut.layers_per_stage, lanes)
+
+    def offer(self, changes: Sequence[OfferedChange]) -> None:
+        """Tell every first stage of other prompts; the first lane's last, since it decides when they hold."""
+        assert self.topology is not None
+        firsts = [member for member in self.ranks if self.topology.stage(member.index).is_first]
+        for change in changes:
+            self._ask_all([(member, member.actor.offer.remote(change)) for member in firsts[1:]])
+            self._ask(firsts[0].actor.offer.remote(change), firsts[0])
+
+    def give_up(self, timeout_s: float) -> bool:
+        """Have every rank give up its part at its next item; whether all of them did in time."""
+        until = time.monotonic() + timeout_s
+        try:
+            ray.get([member.actor.give_up.remote() for member in self.ranks], timeout=timeout_s)
+            at_rest = ray.get(
+                [member.actor.is_at_rest.remote(max(0.0, until - time.monotonic())) for member in self.ranks],
+                timeout=timeout_s,
+            )
+        except RayError:
+            return False
+        return all(at_rest)
+
+    def ping(self, timeout_s: float) -> None:
+        """Ask members of a gang that is at rest whether they are there. GangFailed when one is not."""
+        for member in self.members:
+            member.ping = member.ping or member.actor.where.remote()
+        waiting = {member.ping: member for member in self.members}
+        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
+        for reference in ready:
+            member = waiting[reference]
+            member.ping = None
+            try:
+                ray.get(reference)
+            except RayError as error:
+                raise GangFailed(f"{member.described()} died") from error
+            member.heard_s = time.monotonic()
+        silent_s = self.config.heartbeat_timeout_s
+        for member in self.members:
+            if time.monotonic() - member.heard_s > silent_s:
+                raise GangFailed(f"{member.described()} has not answered for {silent_s:g} s")
+
+    def ages_s(self) -> tuple[float, ...]:
+        """How long ago each rank was heard, and last the decoder."""
+        return tuple(time.monotonic() - member.heard_s for member in self.members)
+
+    def is_well(self, timeout_s: float) -> bool:
+        """Whether every member answers in time. For a gang that is not at work."""
+        references = [member.actor.where.remote() for member in self.members]
+        try:
+            ray.get(references, timeout=timeout_s)
+        except RayError:
+            return False
+        return True
 
     def look(self, *, stop: bool = False, committed_blocks: int = 0, timeout_s: float = POLL_EVERY_S) -> News:
         """Poll everybody, wait `timeout_s` for answers, and collect them. GangFailed, see the module."""
@@ -207,20 +277,19 @@ class Gang:
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
             return {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "scheduling_strategy": where}
 
-        decoder = ray.remote(DecoderActor).options(**options(needs.num_ranks, 0)).remote(
-            self._load_decode, self.blueprint.threads
-        )  # fmt: skip
-        blueprint = ray.put(self.blueprint)
+        decoder = ray.remote(DecoderActor).options(**options(needs.num_ranks, 0)).remote()
         self.members = [
-            Member(
-                index, ray.remote(RankActor).options(**options(index, gpus)).remote(index, blueprint, decoder)
-            )
+            Member(index, ray.remote(RankActor).options(**options(index, gpus)).remote(index, decoder))
             for index in range(needs.num_ranks)
         ]
         self.members.append(Member(DECODER, decoder))
         asked = [(member, member.actor.where.remote()) for member in self.members]
         for member, reference in asked:
-            member.where = self._ask(reference, member)
+            member.where, member.heard_s = self._ask(reference, member), time.monotonic()
+
+    def _ask_all(self, asked: Sequence[tuple[Member, Any]]) -> None:
+        for member, reference in asked:
+            self._ask(reference, member)
 
     def _ask(self, reference: Any, member: Member) -> Any:
         """An answer, within the time that starting may take."""
@@ -238,7 +307,7 @@ class Gang:
         ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
         for reference in ready:
             member = waiting[reference]
-            member.pending = None
+            member.pending, member.heard_s = None, time.monotonic()
             try:
                 self._take(member, ray.get(reference), news)
             except RayActorError:
@@ -260,6 +329,8 @@ class Gang:
         member.report = report
         news.ticks_done = max(news.ticks_done, report.ticks_done)
         news.spans.extend((member.index, span) for span in report.spans)
+        if member.index == 0:
+            news.taken_up.extend(report.taken_up)
         for next_tick, part in report.states:
             self._parts.setdefault(next_tick, {})[member.index] = part
 
@@ -268,8 +339,8 @@ class Gang:
         for tick in sorted(self._parts):
             parts = self._parts[tick]
             if len(parts) == len(self.ranks):
-                lent = join_layers([parts[rank].lent for rank in sorted(parts)])
-                news.states.append(LoopState(tick, parts[0].blocks, lent))
+                assert self.topology is not None
+                news.states.append(join(parts, self.topology))
                 self._parts = {other: kept for other, kept in self._parts.items() if other > tick}
         ends = {member.report.ended_at if member.report else None for member in self.ranks}
         if len(ends) == 1:

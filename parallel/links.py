@@ -1,14 +1,24 @@
 """Which kind of link two ranks get: shared memory on one node, gloo between nodes, NCCL between GPUs."""
 
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 
+from vidgen.denoise.lockstep import ClipAttention
+from vidgen.denoise.loop import Task
+from vidgen.parallel.clip import SplitClips
+from vidgen.parallel.exchange import Exchange
 from vidgen.parallel.first import default_in_flight
+from vidgen.parallel.lane import Lane
+from vidgen.parallel.lead import Follower, Lead, Leader
 from vidgen.parallel.pipeline import Links
+from vidgen.parallel.sequence import SplitSequence
+from vidgen.parallel.shapes import Shapes
 from vidgen.parallel.shared_links import SharedIncoming, SharedOutgoing
-from vidgen.parallel.topology import Stage
+from vidgen.parallel.topology import Axis, Stage
+from vidgen.parallel.torch_exchange import LEAD_TAG, TAGS, open_exchange
 from vidgen.parallel.torch_links import (
     BACK_TAG,
     FORWARD_TAG,
@@ -18,10 +28,83 @@ from vidgen.parallel.torch_links import (
     NcclIncoming,
     NcclOutgoing,
 )
-from vidgen.parallel.transport import Incoming, MessageLayout, Outgoing, TransportError
+from vidgen.parallel.transport import Incoming, InProcessLink, MessageLayout, Outgoing, TransportError
 
 DEPTHS = (2, 8)  # fewest and most buffers at either end of a link; more of them even out a busy machine
 DEPTH_BYTES = 64 * 2**20  # that one end may take beyond the fewest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """All that connects a rank with others: the stages of its lane, and the same stage of other lanes."""
+
+    shapes: Shapes  # of the lane's messages
+    links: Links
+    lane: Lane
+    lead: Lead | None = None  # of a first stage
+
+    def close(self) -> None:
+        """Give back what the operating system lent."""
+        self.links.close()
+
+
+def open_ways(
+    stage: Stage,
+    task: Task,
+    groups: Groups,
+    device: torch.device,
+    timeout_s: float,
+    *,
+    may_share: bool = True,
+) -> Ways:
+    """A rank's connections, in the order in which all ranks open theirs.
+
+    TransportError when another one is not there in time.
+    """
+    whole = Shapes.of(task)
+    lane = open_lane(stage, task, whole.tokens_per_frame, device, timeout_s)
+    tokens = range(whole.tokens_per_frame)
+    if lane.sequence is not None:
+        tokens = tokens[lane.sequence.tokens]
+    shapes = whole.holding(len(tokens))
+    layouts = shapes.layouts(task.timetable)
+    return Ways(
+        shapes=shapes,
+        links=open_links(stage, groups, layouts, device, timeout_s, may_share=may_share),
+        lane=lane,
+        lead=_lead(stage, default_in_flight(stage.num_stages, link_depth(layouts[0])), timeout_s),
+    )
+
+
+def open_lane(
+    stage: Stage, task: Task, tokens_per_frame: int, device: torch.device, timeout_s: float
+) -> Lane:
+    """What a rank shares with those that hold the same layers in other lanes."""
+    lanes = stage.lanes
+
+    def exchange(axis: Axis) -> Exchange:
+        ranks = stage.peers(axis)
+        return open_exchange(stage.rank, ranks, tag=TAGS[axis], timeout_s=timeout_s, device=device)
+
+    sequence = clips = None
+    if task.clips is not None:
+        clips = SplitClips(ClipAttention(task.clips, task.model.config, stage.layers), exchange("clip"))
+    if lanes.sequence > 1:
+        sequence = SplitSequence(tokens_per_frame, exchange("ulysses"), exchange("ring"))
+    guidance = exchange("guidance") if lanes.guidance > 1 else None
+    return Lane(sequence=sequence, clips=clips, guidance=guidance)
+
+
+def _lead(stage: Stage, num_ticks_ahead: int, timeout_s: float) -> Lead | None:
+    """Who tells a first stage when ticks begin, or whom it tells."""
+    if not stage.is_first or stage.lanes.num_lanes == 1:
+        return None
+    words: dict[str, Any] = {"tag": LEAD_TAG, "depth": num_ticks_ahead + 2, "timeout_s": timeout_s}
+    nothing = MessageLayout((), torch.float32)
+    leader, *followers = (stage.rank_of(lane) for lane in range(stage.lanes.num_lanes))
+    if stage.rank == leader:
+        return Leader([GlooOutgoing(nothing, rank=leader, peer=peer, **words) for peer in followers])
+    return Follower(GlooIncoming(nothing, rank=stage.rank, peer=leader, **words))
 
 
 def link_depth(layout: MessageLayout) -> int:
@@ -45,9 +128,11 @@ def open_links(
     """
     forward, back = layouts
     depth, back_depth = link_depth(forward), default_in_flight(stage.num_stages, link_depth(forward))
-    before, after = (stage.index - 1) % stage.num_stages, (stage.index + 1) % stage.num_stages
-    ends: dict[str, Any] = {"rank": stage.index, "timeout_s": timeout_s}
-    into, out = ends | {"peer": before, "depth": depth}, ends | {"peer": after, "depth": depth}
+    if stage.num_stages == 1:
+        itself = InProcessLink(back, depth=back_depth, timeout_s=timeout_s, ranks=(stage.rank, stage.rank))
+        return Links(itself, itself)
+    ends: dict[str, Any] = {"rank": stage.rank, "timeout_s": timeout_s}
+    into, out = ends | {"peer": stage.before, "depth": depth}, ends | {"peer": stage.after, "depth": depth}
     if stage.is_first:
         into |= {"depth": back_depth}
     if stage.is_last:

@@ -5,6 +5,7 @@ blocks: it makes windows, embeds them, takes solver steps when velocities come b
 what all layers share of the conditioning; keys and values that blocks lend stay on the rank that made them.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,71 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidgen.denoise.attending import Attending, Sparsity
+from vidgen.denoise.attending import Attending
 from vidgen.denoise.lending import Lending, Lent
-from vidgen.denoise.loop import Task
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.kernels.attention.api import attention_backend
-from vidgen.model.dit import Conditioning, DiT, Grid
+from vidgen.model.dit import Conditioning, DiT
+from vidgen.parallel.lane import ALONE, Lane
+from vidgen.parallel.shapes import Shapes, frames_before, own_frames
 from vidgen.parallel.topology import Stage
-from vidgen.parallel.transport import Header, Incoming, Kind, MessageLayout, Outgoing
-
-# B batch, F latent frames of a window, S tokens per frame, D width, N text tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """Sizes of a task's messages; the same on every rank."""
-
-    batch: int  # branches in one run of the model
-    frame_shape: tuple[int, int, int]  # latent channels, rows, columns
-    rows: int  # of tokens
-    columns: int
-    width: int
-    text_tokens: int
-    out_channels: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, task: Task) -> "Shapes":
-        """The shapes of a task, whose model may lie on the meta device."""
-        block = task.timetable.block(0)
-        text = task.run_texts(block)[0]
-        noise = task.noise(block)
-        _, rows, columns = task.model.token_grid(noise.shape)
-        return cls(
-            batch=text.shape[0],
-            frame_shape=(noise.shape[1], noise.shape[3], noise.shape[4]),
-            rows=rows,
-            columns=columns,
-            width=task.model.config.width,
-            text_tokens=text.shape[1] + task.model.config.image_tokens,
-            out_channels=task.model.out_channels,
-            dtype=task.model.dtype,
-        )
-
-    def window(self, frames: int) -> tuple[tuple[int, ...], ...]:
-        """Tokens, noise conditioning for the head and for the layers, text: what goes to the next stage."""
-        tokens = self.rows * self.columns
-        return (
-            (self.batch, frames, tokens, self.width),
-            (self.batch, frames, self.width),
-            (self.batch, frames, 6, self.width),
-            (self.batch, self.text_tokens, self.width),
-        )
-
-    def result(self, frames: int) -> tuple[tuple[int, ...], ...]:
-        """The projection of a block's own frames: what goes back to the first stage."""
-        return ((self.batch * frames, self.out_channels, self.rows, self.columns),)
-
-    def layouts(self, timetable: Timetable) -> tuple[MessageLayout, MessageLayout]:
-        """(from stage to stage, from the last to the first), with room for the longest window."""
-        own = min(timetable.block_frames, timetable.num_frames)
-        forward = self.window(own + timetable.context_frames)
-        return tuple(
-            MessageLayout(tuple(torch.Size(shape).numel() for shape in shapes), self.dtype)
-            for shapes in (forward, self.result(own))
-        )  # type: ignore[return-value]
+from vidgen.parallel.transport import Header, Incoming, Kind, Outgoing
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +58,15 @@ class Links:
     incoming: Incoming
     outgoing: Outgoing
 
+    def close(self) -> None:
+        """Give back what the operating system lent."""
+        self.incoming.close()
+        self.outgoing.close()
+
+
+class GivenUp(Exception):
+    """Nobody wants what this rank would go on to make."""
+
 
 class StageRun:
     """What all stages share: walking through the timetable, running their layers, sending, keeping books."""
@@ -126,26 +80,26 @@ class StageRun:
         runs_at: Callable[[int], int],
         links: Links,
         *,
+        lane: Lane = ALONE,
         lent: Lent | None = None,
-        sparsity: Sparsity | None = None,
+        attending: Attending | None = None,
         backend: str | None = None,
         state_every: int = 0,
         trace: bool = True,
+        given_up: threading.Event | None = None,
     ) -> None:
+        self.given_up = given_up or threading.Event()
         self.stage, self.models, self.timetable, self.shapes = stage, models, timetable, shapes
-        self.runs_at, self.links = runs_at, links  # runs_at: runs of the model, of a step
-        lent = lent or Lent()
-        self.lending, self.attending = Lending(lent), None
-        if sparsity is not None:
-            num_layers = models[0].config.num_layers
-            self.attending = Attending(sparsity, timetable, stage.layers, num_layers, lent)
+        self.runs_at, self.links, self.lane = runs_at, links, lane  # runs_at: runs of the model, of a step
+        self.lending, self.attending = Lending(lent or Lent()), attending  # which keeps its states in `lent`
         self.backend = backend  # of attention
         self.state_every, self.trace = state_every, trace
         self.stats = Stats()
         self.doing = "starting"
 
-    def grid(self, frames: int) -> Grid:
-        return frames, self.shapes.rows, self.shapes.columns
+    def runs(self, forward: Forward) -> range:
+        """Runs of the model for a forward that are this lane's."""
+        return self.lane.runs(self.runs_at(forward.parts[-1][1]))
 
     def model_at(self, item: Header) -> DiT:
         """This stage's part of the expert that takes the item's step."""
@@ -156,17 +110,28 @@ class StageRun:
         return bool(self.state_every) and (tick + 1) % self.state_every == 0
 
     def run_layers(
-        self, item: Header, tokens: Tensor, conditioning: Conditioning, frames_before: int
-    ) -> Tensor:
-        """The tokens after this stage's layers; what the forward lends of them is kept."""
-        grid, context = self.grid(tokens.shape[1]), self.lending.context(item.run)
-        attends = self.attending and self.attending.attends(item.block, item.step, item.run, grid, context)
+        self, item: Header, tokens: Tensor, conditioning: Conditioning, forward: Forward
+    ) -> tuple[Tensor, ...]:
+        """What goes on from here: the tokens after this stage's layers, or after the last the projection.
+
+        What the forward lends of the layers is kept.
+        """
+        before, own = frames_before(forward), own_frames(self.timetable, forward)
+        grid, context = self.shapes.grid(before + own), self.lending.context(item.run)
+        run = item.run // self.lane.num_branches
+        attends = self.attending and self.attending.attends(item.block, item.step, run, grid, context)
         with attention_backend(self.backend):
-            tokens, own = self.model_at(item).run_layers(
-                tokens, conditioning, grid, context, attends, lends=self.lending.is_lending
-            )
-        self.lending.keep(own, frames_before)
-        return tokens
+            tokens, lent = self.model_at(item).run_layers(
+                tokens, conditioning, grid, context, attends, lends=self.lending.is_lending,
+                part=self.lane.part,
+            )  # fmt: skip
+        self.lending.keep(lent, before)
+        noise = conditioning.noise_BFD
+        if not self.stage.is_last:
+            return tokens, noise, conditioning.noise_BF6D, conditioning.text_BND
+        tokens = self.lane.whole_frames(tokens[:, before:])
+        out = self.model_at(item).project(tokens, noise[:, before:], self.shapes.grid(tokens.shape[1]))
+        return (self.lane.all_frames(out, tokens.shape[0]),)
 
     def end_tick(self, tick: int) -> None:
         """What this tick's forwards leave for later ones becomes visible."""
@@ -175,20 +140,22 @@ class StageRun:
             self.attending.end_tick(tick)
 
     def send(self, header: Header, parts: tuple[Tensor, ...] = ()) -> None:
-        self.doing = f"sending to rank {(self.stage.index + 1) % self.stage.num_stages}"
+        self.doing = f"sending to rank {self.stage.after}"
         start = time.monotonic()
         self.links.outgoing.send(header, parts)
         self.stats.send_wait_s += time.monotonic() - start
 
     def receive(self) -> tuple[Header, Tensor]:
-        self.doing = f"waiting for rank {(self.stage.index - 1) % self.stage.num_stages}"
+        self.doing = f"waiting for rank {self.stage.before}"
         start = time.monotonic()
         message = self.links.incoming.receive()
         self.stats.receive_wait_s += time.monotonic() - start
         return message
 
     def work(self, item: Header, action: Callable[[], Any]) -> Any:
-        """Do a piece of this item's work, timed."""
+        """Do a piece of this item's work, timed. GivenUp when none is wanted any more."""
+        if self.given_up.is_set():
+            raise GivenUp
         self.doing = f"computing block {item.block} step {item.step}"
         start, begun = time.monotonic(), time.time()
         done = action()
@@ -207,11 +174,6 @@ class StageRun:
         return self.stats.last_slot
 
 
-def frames_before(forward: Forward) -> int:
-    """Recomputed context frames at the start of a forward's window."""
-    return forward.before_latents.num_frames if forward.before_latents is not None else 0
-
-
 class LaterStage(StageRun):
     """Any stage but the first. `save` gets (next tick, what this stage's layers have lent)."""
 
@@ -221,7 +183,7 @@ class LaterStage(StageRun):
         for tick in range(first_tick, self.timetable.num_ticks):
             for forward in self.timetable.forwards(tick):
                 self.lending.begin(forward)
-                for run in range(self.runs_at(forward.step)):
+                for run in self.runs(forward):
                     item = Header(Kind.WORK, tick, forward.block, forward.step, run)
                     if not self._handle(item, forward):
                         if not (tick and self.is_saved_after(tick - 1)):
@@ -246,20 +208,16 @@ class LaterStage(StageRun):
             self.links.outgoing.flush()
             return False
         if not header.same_item(item):
-            raise AssertionError(f"rank {self.stage.index}: expected {item}, got {header}")
+            raise AssertionError(f"rank {self.stage.rank}: expected {item}, got {header}")
         item = header._replace(slot=self.next_slot(header.slot))
         self.send(item, self.work(item, lambda: self._compute(item, forward, buffer)))
         return True
 
     def _compute(self, item: Header, forward: Forward, buffer: Tensor) -> tuple[Tensor, ...]:
-        before = frames_before(forward)
-        frames = before + self.timetable.block(forward.block).num_frames
-        tokens, noise, noise6, text = self.links.incoming.layout.read(buffer, self.shapes.window(frames))
-        tokens = self.run_layers(item, tokens, Conditioning(noise, noise6, text), before)
-        if self.stage.is_last:
-            own = self.grid(frames - before)
-            return (self.model_at(item).project(tokens[:, before:], noise[:, before:], own),)
-        return tokens, noise, noise6, text
+        frames = frames_before(forward) + own_frames(self.timetable, forward)
+        shapes = self.shapes.window(self.lane.num_frames(frames))
+        tokens, *shared = self.links.incoming.layout.read(buffer, shapes)
+        return self.run_layers(item, tokens, Conditioning(*shared), forward)
 
     def _pass_on(self, header: Header) -> None:
         if not self.stage.is_last:

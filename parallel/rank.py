@@ -1,6 +1,7 @@
-"""One rank of a render: places its layers, meets the others, runs its part in a thread, answers polls.
+"""One rank: places its layers, meets the others, runs its part of a render in a thread, answers polls.
 
-Nothing here knows Ray: whoever holds the object calls `start` once and `poll` now and then.
+Nothing here knows Ray: whoever holds the object calls `begin` and `start` for a render, and `poll` now and
+then. What it has placed it keeps for the next render that asks for the same.
 """
 
 import dataclasses
@@ -21,9 +22,9 @@ from vidgen.denoise.loop import FinishedBlock, LoopState, Task
 from vidgen.model.dit import DiT
 from vidgen.model.weights import Weights
 from vidgen.parallel.costs import Costs, measure_costs
-from vidgen.parallel.first import FirstStage, default_in_flight
-from vidgen.parallel.links import link_depth, open_links
-from vidgen.parallel.pipeline import LaterStage, Links, Shapes, StageRun, Stats
+from vidgen.parallel.first import FirstStage, OfferedChange, attending_of, default_in_flight
+from vidgen.parallel.links import Ways, link_depth, open_ways
+from vidgen.parallel.pipeline import LaterStage, StageRun, Stats
 from vidgen.parallel.place import Placed, place
 from vidgen.parallel.steps import blocks_before
 from vidgen.parallel.topology import Stage, Topology
@@ -78,6 +79,7 @@ class Report:
     states: list[tuple[int, LoopState]] = field(default_factory=list)
     spans: list[tuple[float, ...]] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
+    taken_up: list[int | None] = field(default_factory=list)  # see Watcher.taken_up
     ended_at: int | None = None  # the tick that was not run
     failure: Failure | None = None
 
@@ -85,22 +87,32 @@ class Report:
 class Rank:
     """One rank. `emit` is called on the first rank with every clean block."""
 
-    def __init__(self, index: int, blueprint: Blueprint, emit: Emit | None = None, host: str = "127.0.0.1",
-                 node: str = "") -> None:  # fmt: skip
-        self.index, self.blueprint, self.host, self.node = index, blueprint, host, node
+    def __init__(self, index: int, emit: Emit | None = None, host: str = "127.0.0.1", node: str = "") -> None:
+        self.index, self.host, self.node = index, host, node
         self._emit = emit
+        self._kept: dict[str, Placed] = {}
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def begin(self, blueprint: Blueprint) -> None:
+        """Be part of this render from now on; the one before has ended."""
+        if self._thread is not None:
+            self._thread.join(blueprint.link_timeout_s)
+            assert not self._thread.is_alive(), f"rank {self.index}: the render before has not ended"
+        self.blueprint = blueprint
         self._door: socket.socket | None = None
         self._stage_run: StageRun | None = None
         self._placed: list[Placed] = []
-        self._lock = threading.Lock()
         self._states: list[tuple[int, LoopState]] = []
+        self._offered: list[OfferedChange] = []
+        self._taken_up: list[int | None] = []
         self._ended_at: int | None = None
         self._failure: Failure | None = None
         self._doing = ("starting", time.monotonic())
         self._ticks_done = 0
         self._finished_blocks = self._committed_blocks = 0
         self._stop = False
-        self._thread: threading.Thread | None = None
+        self._given_up = threading.Event()
 
     def where(self) -> Whereabouts:
         return Whereabouts(
@@ -123,6 +135,20 @@ class Rank:
         self._thread = threading.Thread(target=self._guarded, args=(stage, state, meet_at), daemon=True)
         self._thread.start()
 
+    def offer(self, change: OfferedChange) -> None:
+        """Another prompt, for the first stages: it holds as soon as it can, see Report.taken_up."""
+        self._offered.append(change)
+
+    def give_up(self) -> None:
+        """End this rank's part before its next item; the others find their links closed."""
+        self._given_up.set()
+
+    def is_at_rest(self, timeout_s: float) -> bool:
+        """Whether its part has ended, or does in time."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
+
     def poll(self, *, stop: bool = False, committed_blocks: int = 0) -> Report:
         """What is new. `stop` asks for an end after the tick; `committed_blocks` makes room for more."""
         self._stop = self._stop or stop
@@ -131,6 +157,7 @@ class Rank:
         with self._lock:
             ended_at, failure = self._ended_at, self._failure  # before states: these are complete then
             states, self._states = self._states, []
+            taken_up, self._taken_up = self._taken_up, []
         spans = []
         if run is not None:
             fresh, run.stats.spans = run.stats.spans, []
@@ -144,6 +171,7 @@ class Rank:
             states=states,
             spans=spans,
             stats=self._stats(run),
+            taken_up=taken_up,
             ended_at=ended_at,
             failure=failure,
         )
@@ -168,6 +196,13 @@ class Rank:
     def should_stop(self) -> bool:
         return self._stop
 
+    def offered(self) -> list[OfferedChange]:
+        return self._offered
+
+    def taken_up(self, first_block: int | None) -> None:
+        with self._lock:
+            self._taken_up.append(first_block)
+
     def _guarded(self, stage: Stage, state: LoopState, meet_at: tuple[str, int]) -> None:
         try:
             with threads(self.blueprint.threads):
@@ -185,55 +220,69 @@ class Rank:
     def _run(self, stage: Stage, state: LoopState, meet_at: tuple[str, int]) -> int:
         blueprint, device = self.blueprint, torch.device(self.blueprint.device)
         task = blueprint.task
-        shapes = Shapes.of(task)
         self._doing = ("loading", time.monotonic())
-        for model, weights in zip(task.models, blueprint.weights, strict=True):
-            self._placed.append(place(weights, model.config, stage, device, compile=blueprint.compile))
+        self._place(stage, device)
         models: tuple[DiT, ...] = tuple(placed.model for placed in self._placed)
         self._doing = ("meeting the other ranks", time.monotonic())
-        links = self._links(stage, shapes, meet_at, device)
-        state = _to_device(state, device)
-        options = {"state_every": blueprint.state_every, "trace": blueprint.trace}
+        door, self._door = self._door, None
+        timeout_s = blueprint.link_timeout_s
+        groups = connect(
+            stage.rank, stage.num_ranks, meet_at, door, own_host=self.host, timeout_s=timeout_s, device=device
+        )
+        try:
+            may_share = blueprint.links == "auto"
+            ways = open_ways(stage, task, groups, device, timeout_s, may_share=may_share)
+            try:
+                return self._work(stage, _to_device(state, device), models, ways)
+            finally:
+                ways.close()
+        finally:
+            disconnect()
+
+    def _work(self, stage: Stage, state: LoopState, models: tuple[DiT, ...], ways: Ways) -> int:
+        """All ticks that are left; the one that was not run."""
+        blueprint, task = self.blueprint, self.blueprint.task
+        options: dict[str, Any] = {
+            "lane": ways.lane, "given_up": self._given_up, "state_every": blueprint.state_every,
+            "trace": blueprint.trace,
+        }  # fmt: skip
         self._committed_blocks = self._finished_blocks = blocks_before(task.timetable, state.next_tick)
         if stage.is_first:
             second = models[1] if len(models) == 2 else None
+            task = dataclasses.replace(task, model=models[0], second_model=second)
+            depth = link_depth(ways.shapes.layouts(task.timetable)[0])
             first = FirstStage(
-                stage, dataclasses.replace(task, model=models[0], second_model=second), shapes, links,
+                stage, task, ways.shapes, ways.links,
                 state=state,
                 keepalive_s=blueprint.link_timeout_s / 4,
-                max_in_flight=default_in_flight(
-                    stage.num_stages, link_depth(shapes.layouts(task.timetable)[0])
-                ),
+                max_in_flight=default_in_flight(stage.num_stages, depth),
+                lead=ways.lead,
                 **options,
             )  # fmt: skip
             self._stage_run = first
             return first.run(self)
         later = LaterStage(
-            stage, models, task.timetable, shapes, task.runs_at, links,
-            lent=state.lent, sparsity=task.sparsity, backend=task.attention_backend, **options,
+            stage, models, task.timetable, ways.shapes, task.runs_at, ways.links,
+            lent=state.lent, attending=attending_of(task, stage, state.lent),
+            backend=task.attention_backend, **options,
         )  # fmt: skip
         self._stage_run = later
         return later.run(state.next_tick, lambda tick, lent: self.save(LoopState(tick, {}, lent)))
 
-    def _links(self, stage: Stage, shapes: Shapes, meet_at: tuple[str, int], device: torch.device) -> Links:
-        door, self._door = self._door, None
-        groups = connect(
-            stage.index, stage.num_stages, meet_at, door, own_host=self.host,
-            timeout_s=self.blueprint.link_timeout_s, device=device,
-        )  # fmt: skip
-        layouts = shapes.layouts(self.blueprint.task.timetable)
-        return open_links(
-            stage,
-            groups,
-            layouts,
-            device,
-            self.blueprint.link_timeout_s,
-            may_share=self.blueprint.links == "auto",
-        )
-
-    def close(self) -> None:
-        """Leave the other ranks, after the run has ended."""
-        disconnect()
+    def _place(self, stage: Stage, device: torch.device) -> None:
+        """This stage's layers: those of the last render where they are the same, else read."""
+        blueprint, kept = self.blueprint, {}
+        for model, weights in zip(blueprint.task.models, blueprint.weights, strict=True):
+            key = repr((model.config, weights, stage.layers, stage.num_stages, device, blueprint.compile))
+            placed = self._kept.get(key)
+            if placed is None:
+                self._kept = {}  # before others are read: there may be no room for both
+                placed = place(weights, model.config, stage, device, compile=blueprint.compile)
+            else:
+                placed = dataclasses.replace(placed, bytes_read=0)
+            kept[key] = placed
+            self._placed.append(placed)
+        self._kept = kept
 
     def _stats(self, run: StageRun | None) -> dict[str, Any]:
         found: dict[str, Any] = {"peak_memory_bytes": peak_memory_bytes()}
@@ -250,6 +299,7 @@ class Rank:
                 if name != "spans":
                     found[name] = getattr(run.stats, name)
             found["bytes_sent"] = run.links.outgoing.bytes_sent
+            found["lane_bytes_sent"] = run.lane.bytes_sent
             if self.blueprint.task.sparsity is not None:
                 found["attention"] = self.blueprint.task.sparsity.tally.layers()
             found["link"] = type(run.links.outgoing).__name__.removesuffix("Outgoing").lower()

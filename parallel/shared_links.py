@@ -58,6 +58,11 @@ class SharedIncoming:
         self._is_in_use = True
         return self._layout.read_header(self._buffers[slot]), self._buffers[slot]
 
+    def close(self) -> None:
+        self._buffers = []
+        for descriptor in (self._memory, self._ready, self._free):
+            os.close(descriptor)
+
 
 class SharedOutgoing:
     """The sending end, opened from a receiver's offer. See transport.Outgoing.
@@ -90,6 +95,11 @@ class SharedOutgoing:
 
     def flush(self) -> None:
         """Everything sent lies in memory that the receiver holds: there is nothing to wait for."""
+
+    def close(self) -> None:
+        self._buffers = []
+        os.close(self._ready)
+        os.close(self._free)
 
     def _wait_for_free(self, least: int) -> None:
         while self._num_free < least:

@@ -28,11 +28,13 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Step:
-    """What is new: decoded blocks in order, then perhaps a state, which is to be saved after them."""
+    """What is new: from which blocks on other prompts hold (None: it is too late), which is to be known
+    before all else; decoded blocks in order; then perhaps a state, which is to be saved after them."""
 
     ticks_done: int
     decoded: list[Decoded] = field(default_factory=list)
     state: LoopState | None = None
+    taken_up: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,10 @@ class Stage:
         return self.rank_of(self.lane)
 
     @property
+    def num_ranks(self) -> int:
+        return self.num_stages * self.lanes.num_lanes
+
+    @property
     def before(self) -> int:
         """The rank that sends to this one."""
         return self.lane * self.num_stages + (self.index - 1) % self.num_stages

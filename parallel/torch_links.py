@@ -123,6 +123,9 @@ class GlooOutgoing:
         for slot in range(len(self._handles)):
             self._wait(slot)
 
+    def close(self) -> None:
+        pass  # see `disconnect`
+
     def _wait(self, slot: int) -> None:
         handle, self._handles[slot] = self._handles[slot], None
         if handle is not None:
@@ -153,6 +156,9 @@ class GlooIncoming:
         _wait(self._handles[slot], self.rank, self.peer, "sent nothing", self.timeout_s)
         self._in_use = slot
         return self._layout.read_header(self._buffers[slot]), self._buffers[slot]
+
+    def close(self) -> None:
+        pass  # see `disconnect`
 
     def _post(self, buffer: Tensor) -> dist.Work:
         with _naming(self.rank, self.peer):
@@ -198,6 +204,9 @@ class NcclOutgoing:
             if handle is not None:
                 handle.wait()
 
+    def close(self) -> None:
+        pass  # see `disconnect`
+
 
 class NcclIncoming:
     """The receiving end of NcclOutgoing: the device receive is posted when its header is here.
@@ -230,6 +239,9 @@ class NcclIncoming:
         assert handle is not None
         handle.wait()
         return header, self._buffers[slot]
+
+    def close(self) -> None:
+        pass  # see `disconnect`
 
 
 def _world() -> dist.ProcessGroup:

@@ -114,6 +114,10 @@ class Outgoing(Protocol):
         """Wait until everything has been taken. TransportError after the deadline."""
         ...
 
+    def close(self) -> None:
+        """Give back what the operating system lent."""
+        ...
+
 
 class Incoming(Protocol):
     """The receiving end of a link."""
@@ -127,6 +131,10 @@ class Incoming(Protocol):
 
     @property
     def layout(self) -> MessageLayout: ...
+
+    def close(self) -> None:
+        """Give back what the operating system lent."""
+        ...
 
 
 class InProcessLink:
@@ -166,6 +174,9 @@ class InProcessLink:
 
     def flush(self) -> None:
         pass  # a queue holds what was put into it
+
+    def close(self) -> None:
+        pass
 
 
 def write_message(layout: MessageLayout, buffer: Tensor, header: Header, parts: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from vidgen import __version__, cli_bench, cli_client, cli_inspect, cli_render, cli_serve, cli_train
+from vidgen import __version__, cli_bench, cli_client, cli_inspect, cli_plan, cli_render, cli_serve, cli_train
 from vidgen.cli_exit import BAD_INPUT, INTERRUPTED, OK, Ended, one_line, plain_warnings, write_line
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command()(cli_client.watch)
 app.command()(cli_client.cancel)
 app.command()(cli_client.ls)
 app.command()(cli_client.download)
+app.command()(cli_plan.plan)
 app.command()(cli_inspect.doctor)
 app.command()(cli_train.train)
 app.add_typer(cli_inspect.models, name="models")

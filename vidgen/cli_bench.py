@@ -116,6 +116,55 @@ def peers(
     return _show(rows(bench_peers(PeersCase(rounds=rounds, threads=threads, compile=compiled))), json_file)
 
 
+@bench.command()
+def calibrate(
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME|PATH", help="whose work is timed")
+    ] = "builtin",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="where the profile goes (YAML)")
+    ] = None,
+) -> int:
+    """Measure this machine's profile for `vidgen plan --hardware FILE`; best while nothing else runs."""
+    import yaml
+
+    from vidgen.bench.calibrate import calibrate as measured
+    from vidgen.parallel.hardware import dump_hardware
+
+    text = yaml.safe_dump(dump_hardware(measured(model)), sort_keys=False, default_flow_style=None, width=100)
+    if out is None:
+        write_line("stdout", text)
+        return OK
+    try:
+        out.write_text(text)
+    except OSError as error:
+        raise ValueError(f"--output {out}: cannot be written: {error.strerror}; choose another") from error
+    write_line("stdout", f"profile {out}")
+    return OK
+
+
+@bench.command()
+def plans(
+    hardware: Annotated[
+        str | None, typer.Option("--hardware", metavar="NAME|FILE", help="default: measured first; minutes")
+    ] = None,
+    num_frames: Annotated[int, typer.Option("--num-frames", metavar="N", min=9)] = 513,
+    repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="medians are shown", min=1)] = 1,
+    lanes: Annotated[bool, typer.Option("--lanes/--no-lanes", help="also ranks that share forwards")] = True,
+    json_file: Json = None,
+) -> int:
+    """Hold the planner against renders of the built-in model: predicted and measured seconds of each plan."""
+    from vidgen.bench.calibrate import calibrate as measured
+    from vidgen.bench.plans import LANES, STAGES_ONLY, bench_plans, verdict
+    from vidgen.parallel.hardware import load_hardware
+
+    machine = measured() if hardware is None else load_hardware(hardware)
+    rows = bench_plans(machine, num_frames, (*STAGES_ONLY, *(LANES if lanes else ())), repeats)
+    done = _show(rows, json_file)
+    write_line("stdout", ", ".join(f"{name}: {value}" for name, value in verdict(rows).items()))
+    return done
+
+
 def _numbers(flag: str, text: str) -> list[int]:
     try:
         numbers = [int(number) for number in text.split(",")]

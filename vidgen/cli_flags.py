@@ -61,8 +61,9 @@ FLAGS = (
     Flag(
         "queue.timetable",
         "--timetable",
-        "autoregressive|buffer|dualparal|full",
-        "a block at a time, blocks in a window, blocks in a queue, or all frames at once",
+        "autoregressive|buffer|dualparal|fifo|full|lockstep|pipefusion",
+        "a block at a time, blocks in a window, in a queue, single frames in it, all frames at once, or that "
+        "by clips or in patches",
     ),
     Flag("queue.block_frames", "--block-frames", "N", "latent frames of a block"),
     Flag("queue.context_frames", "--context-frames", "N", "latent frames a block sees on each side"),
@@ -71,6 +72,8 @@ FLAGS = (
     Flag(
         "queue.anchor_frames", "--anchor-frames", "N", "of the first block, which all later see (default: 0)"
     ),
+    Flag("queue.global_frames", "--global-frames", "N", "of the video, seen by all (lockstep; default: 4)"),
+    Flag("queue.warm_up_steps", "--warm-up-steps", "N", "exact ones at first (pipefusion; default: 1)"),
     Flag("queue.noise", "--noise", "pool|independent", "where a block's noise comes from"),
     Flag("queue.guidance", "--guidance", "split|stacked", "guidance branches one by one, or as a batch"),
     Flag(

@@ -14,7 +14,7 @@ from vidgen.types import Progress
 
 if TYPE_CHECKING:
     from vidgen.config import JobConfig
-    from vidgen.render import Rendered
+    from vidgen.run import Rendered
 
 LINE_EVERY_S = 5.0
 

@@ -24,7 +24,7 @@ from vidgen.cli_progress import RenderView
 from vidgen.types import Progress
 
 if TYPE_CHECKING:
-    from vidgen.render import Rendered
+    from vidgen.run import Rendered
 
 # what a machine does to a good program; anything else is a fault of ours, and its trace is shown
 OUTSIDE_CAUSES = (ValueError, OSError, MemoryError, RuntimeError, sqlite3.Error)
@@ -126,7 +126,7 @@ def _watch(folder: Path, as_json: bool, run: Run) -> int:
     # signals first: what is imported below takes seconds
     with RenderView(as_json) as view, _stop_signals() as should_stop:
         from vidgen.config import parse_job, read_yaml
-        from vidgen.render import Interrupted
+        from vidgen.run import Interrupted
 
         def report(progress: Progress) -> None:
             if progress.ticks_this_run:

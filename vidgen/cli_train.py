@@ -1,4 +1,4 @@
-"""`vidgen train` and `vidgen measure`: make a model, and say how good one is."""
+"""`vidgen train`: make a model."""
 
 import difflib
 import json
@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vidgen.cli_exit import OK, write_line
+from vidgen.cli_measure import measure as measure
 
 if TYPE_CHECKING:
-    from vidgen.builtin import SmallModel
     from vidgen.train.trainer import TrainConfig
 
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
-measure = typer.Typer(help="Measure how good a model is.")
 
 
 def train(
@@ -71,51 +70,3 @@ def read_train_config(path: Path, instead: dict[str, Any]) -> "TrainConfig":
     if chosen.world not in WORLDS:
         raise ValueError(f"{path}: world={chosen.world!r}: there are {', '.join(WORLDS)}")
     return chosen
-
-
-@measure.command()
-def adherence(
-    model: Annotated[str, typer.Option("--model", metavar="NAME|FILE", help="what to measure")] = "builtin",
-    prompts: Annotated[int, typer.Option("--prompts", min=1, metavar="N", help="how many prompts")] = 60,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="of the first video")] = 0,
-    as_json: Json = False,
-) -> int:
-    """Say how often a model's videos show what their prompts ask for."""
-    from vidgen.measure.report import measure_adherence
-
-    found = measure_adherence(_small(model), num_prompts=prompts, seed=seed)
-    return _tell(found, as_json)
-
-
-@measure.command()
-def long(
-    model: Annotated[str, typer.Option("--model", metavar="NAME|FILE", help="what to measure")] = "builtin",
-    prompts: Annotated[int, typer.Option("--prompts", min=1, metavar="N", help="a video each")] = 8,
-    num_frames: Annotated[int, typer.Option("--num-frames", min=64, metavar="N", help="of a video")] = 257,
-    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="of the first video")] = 0,
-    as_json: Json = False,
-) -> int:
-    """Say how often stretches of long videos show what was asked for, and whether they drift."""
-    from vidgen.measure.report import measure_long
-
-    found = measure_long(_small(model), num_prompts=prompts, num_frames=num_frames, seed=seed)
-    return _tell(found, as_json)
-
-
-def _small(model: str) -> "SmallModel":
-    """The model of that name or file. ValueError when it is of another family than the built-in one."""
-    from vidgen.builtin import BUILTIN_PATH, load_small
-
-    path = BUILTIN_PATH if model == "builtin" else Path(model)
-    if not path.is_file():
-        raise ValueError(f"model={model}: only models of the built-in one's family are measured; give a file")
-    return load_small(path)
-
-
-def _tell(found: dict[str, Any], as_json: bool) -> int:
-    if as_json:
-        write_line("stdout", json.dumps(found, indent=2))
-    else:
-        for name, value in found.items():
-            write_line("stdout", f"{name}  {value}")
-    return OK

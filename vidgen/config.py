@@ -102,7 +102,7 @@ def resolve(config: JobConfig, recommended: Recommended) -> JobConfig:
         config = config.model_copy(update={"num_frames": recommended.num_frames})
     segments = config.timeline()
     queue = config.queue
-    block_frames = queue.block_frames or recommended.block_frames
+    block_frames = queue.block_frames or (1 if queue.timetable == "fifo" else recommended.block_frames)
     context = queue.context_frames
     if context is None:
         context = min(recommended.context_frames, block_frames)
@@ -195,6 +195,8 @@ NEWER_SETTINGS: dict[str, tuple[Any, ...]] = {
     "guidance_scale_2": (None,),
     "queue.residual_guidance": ("none",),
     "queue.static_threshold": (None,),
+    "queue.global_frames": (4,),
+    "queue.warm_up_steps": (1,),
 }
 
 

@@ -5,18 +5,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
+from vidgen.conditioning.prompts import BlockTexts
 from vidgen.config import JobConfig, ParallelConfig
-from vidgen.denoise.loop import run_tick
+from vidgen.denoise.loop import Task, run_tick
 from vidgen.engine import Engine
 from vidgen.kernels.attention.api import AUTO, check_name, choose
 from vidgen.kernels.attention.backends import BY_NAME_ONLY, Need, Request
 from vidgen.parallel.steps import Decoded, Hooks, Step, blocks_before
-from vidgen.parallel.topology import by_hand, check_num_ranks
+from vidgen.parallel.topology import AXES, Lanes, by_hand, check_num_ranks
 from vidgen.planning import Plan
+from vidgen.types import GuidanceMode
+
+if TYPE_CHECKING:
+    from vidgen.parallel.standing import Gangs
 
 Device = Literal["cpu", "cuda"]
 
@@ -33,6 +38,13 @@ class Executor(Protocol):
         """What there is to commit, in order, until the last tick or until asked to stop."""
         ...
 
+    def offer(self, prompt: str, transition_blocks: int) -> None:
+        """Another prompt, whose text is encoded, for all blocks that are not admitted yet.
+
+        When it holds a step says from which block on; then the task is to be told (`Step.taken_up`).
+        """
+        ...
+
     def evidence(self) -> dict[str, Any] | None:
         """What running it took; None when there is nothing to tell."""
         ...
@@ -44,7 +56,11 @@ class InOneProcess:
     def __init__(self, engine: Engine, plan: Plan, device: Device) -> None:
         self.engine, self.plan = engine, plan
         self.device: Device = device
-        self._num_repeated = 0
+        self._num_repeated = self._num_offered = 0
+
+    def offer(self, prompt: str, transition_blocks: int) -> None:
+        """See Executor.offer."""
+        self._num_offered += 1
 
     def steps(self, hooks: Hooks) -> Iterator[Step]:
         """See Executor.steps."""
@@ -55,6 +71,11 @@ class InOneProcess:
         state = hooks.load_state()
         decode = self.engine.decoder(hooks.latents_before(blocks_before(task.timetable, state.next_tick)))
         while state.next_tick < task.timetable.num_ticks:
+            if self._num_offered:
+                first = -(-state.next_tick // task.timetable.stride)
+                taken_up = (first if first < task.timetable.num_blocks else None,) * self._num_offered
+                self._num_offered = 0
+                yield Step(state.next_tick, taken_up=taken_up)
             decoded = [
                 Decoded(
                     block=finished.block.index,
@@ -83,13 +104,17 @@ class InOneProcess:
 class OnRanks:
     """Ranks under Ray, which is connected."""
 
-    def __init__(self, engine: Engine, plan: Plan, folder: Path, num_ranks: int, device: Device):
+    def __init__(
+        self, engine: Engine, plan: Plan, folder: Path, num_ranks: int, device: Device,
+        gangs: "Gangs | None" = None,
+    ) -> None:  # fmt: skip
         from vidgen.parallel.cluster import Needs, check_room
         from vidgen.parallel.gang import GangConfig
 
-        self.engine, self.plan, self.folder = engine, plan, folder
+        self.engine, self.plan, self.folder, self._gangs = engine, plan, folder, gangs
         self.device: Device = device
         parallel = plan.job.parallel
+        check_lanes(plan.task, lanes_of(parallel))
         self.needs = Needs(num_ranks=num_ranks, device=device)
         check_room(self.needs)
         self.config = GangConfig(
@@ -97,6 +122,7 @@ class OnRanks:
             name=f"vidgen-{folder.absolute().name}-{os.getpid()}",
             placement=parallel.placement.upper(),
             layers_per_rank=parallel.layers_per_rank,
+            lanes=lanes_of(parallel),
             heartbeat_timeout_s=parallel.heartbeat_timeout_s,
         )
         self._coordinator: Any = None
@@ -127,26 +153,87 @@ class OnRanks:
             max_restarts=job.parallel.max_restarts,
             min_ranks=job.parallel.min_ranks,
             spans=SpanFile(self.folder / "trace.jsonl") if job.parallel.trace else None,
+            gangs=self._gangs,
         )
         yield from self._coordinator.steps(hooks)
+
+    def offer(self, prompt: str, transition_blocks: int) -> None:
+        """See Executor.offer."""
+        from vidgen.parallel.first import OfferedChange
+
+        texts = self.plan.task.texts
+        assert isinstance(texts, BlockTexts)
+        text = texts.encoded[prompt]
+        self._coordinator.offer(
+            OfferedChange(prompt=prompt, transition_blocks=transition_blocks, text_1NT=text)
+        )
 
     def evidence(self) -> dict[str, Any] | None:
         """Slots, bubbles, bytes, memory, times and restarts."""
         return self._coordinator.evidence.as_dict() if self._coordinator is not None else None
 
 
+def lanes_of(parallel: ParallelConfig) -> Lanes:
+    """How the job's ranks share tokens, heads, branches and frames."""
+    return Lanes(**{axis: getattr(parallel, axis) for axis in AXES})
+
+
 def check_parallel(parallel: ParallelConfig, num_layers: int) -> None:
     """ValueError in one line for ranks that this model cannot be cut over."""
-    cut = parallel.layers_per_rank
+    cut, num_lanes = parallel.layers_per_rank, lanes_of(parallel).num_lanes
+    if parallel.ranks == "auto":
+        return
+    num_stages, rest = divmod(parallel.ranks, num_lanes)
+    if rest or not num_stages:
+        wanted = " x ".join(
+            f"{axis}={getattr(parallel, axis)}" for axis in AXES if getattr(parallel, axis) > 1
+        )
+        nearest = max(1, num_stages) * num_lanes
+        raise ValueError(f"ranks={parallel.ranks}: {wanted} need a multiple of {num_lanes}; try {nearest}")
     if cut is not None:
         by_hand(cut, num_layers)
-        if parallel.ranks != len(cut):
+        if num_stages != len(cut):
             raise ValueError(
-                f"layers_per_rank={list(cut)} is a cut for {len(cut)} ranks, and ranks={parallel.ranks}: "
-                "make them agree"
+                f"layers_per_rank={list(cut)} is a cut for {len(cut)} stages, and ranks={parallel.ranks}"
+                + (f" are {num_stages} in each of {num_lanes} lanes" if num_lanes > 1 else "")
+                + ": make them agree"
             )
-    if parallel.ranks != "auto":
-        check_num_ranks(parallel.ranks, num_layers)
+    try:
+        check_num_ranks(num_stages, num_layers)
+    except ValueError as error:
+        if num_lanes == 1:
+            raise
+        raise ValueError(
+            f"ranks={parallel.ranks}: in {num_lanes} lanes are {num_stages} stages, and the model has "
+            f"{num_layers} layers, of which each needs one; take at most {num_layers * num_lanes}"
+        ) from error
+
+
+def check_lanes(task: Task, lanes: Lanes) -> None:
+    """ValueError in one line for lanes that this task cannot be shared among."""
+    if lanes.guidance > 2:
+        raise ValueError(f"guidance={lanes.guidance}: there are two branches to share; take 1 or 2")
+    if lanes.guidance == 2:
+        branches = {task.branches_at(step) for step in range(task.timetable.num_steps)}
+        if branches != {2} or task.guidance_mode == GuidanceMode.STACKED:
+            raise ValueError(
+                "guidance=2: needs two branches of guidance at every step, one by one; leave it out with "
+                "guidance_scale=1, residual_guidance or guidance=stacked"
+            )
+    if lanes.clip > 1 and task.clips is None:
+        raise ValueError(f"clip={lanes.clip}: clips are those of timetable=lockstep; leave it out")
+    if task.clips is not None and lanes.clip > task.clips.num_clips:
+        raise ValueError(
+            f"clip={lanes.clip}: the video has {task.clips.num_clips} clips of {task.clips.clip_frames} "
+            f"latent frames; take clip=1 to {task.clips.num_clips}, or a smaller block_frames"
+        )
+    searches = task.sparsity is not None and getattr(task.sparsity.policy, "searches", True)
+    if lanes.sequence > 1 and task.sparsity is not None and (searches or lanes.ring > 1):
+        axis = "ring" if lanes.ring > 1 else "ulysses"
+        raise ValueError(
+            f"{axis}={getattr(lanes, axis)} with sparsity={task.sparsity.policy.name}: "
+            "ulysses knows sparsity that does not search, ring none; leave one of them out"
+        )
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], *, cluster_has_gpus: bool | None = None) -> Device:
@@ -173,15 +260,24 @@ def check_backend(job: JobConfig, head_dim: int, device: Device) -> None:
 
 
 @contextmanager
-def executor(engine: Engine, plan: Plan, folder: Path) -> Iterator[Executor]:
-    """Who runs the plan; Ray is connected within, if it takes more than one rank. ValueError in one line."""
+def executor(engine: Engine, plan: Plan, folder: Path, gangs: "Gangs | None" = None) -> Iterator[Executor]:
+    """Who runs the plan; Ray is connected within, if it takes more than one rank. ValueError in one line.
+
+    Ranks are those of `gangs`, where Ray is connected already.
+    """
     from vidgen.parallel.cluster import connected, has_gpus, local_ranks, offered_ranks, wanted_address
 
     parallel, dit = plan.job.parallel, engine.config
     num_layers, head_dim = dit.num_layers, dit.width // dit.num_heads
     address, ranks = wanted_address(parallel.address), parallel.ranks
+    num_lanes = lanes_of(parallel).num_lanes
+
+    def all_of(offered: int) -> int:
+        """As many ranks as there are, and can be used."""
+        return max(1, min(offered // num_lanes, num_layers)) * num_lanes
+
     if ranks == "auto" and address is None:
-        ranks = min(local_ranks(), num_layers)
+        ranks = all_of(local_ranks())
     if ranks == 1:
         device = choose_device(plan.job.device)
         check_backend(plan.job, head_dim, device)
@@ -191,7 +287,8 @@ def executor(engine: Engine, plan: Plan, folder: Path) -> Iterator[Executor]:
         device = choose_device(plan.job.device, cluster_has_gpus=has_gpus())
         check_backend(plan.job, head_dim, device)
         if ranks == "auto":
-            ranks = min(offered_ranks(device), num_layers)
-        yield (
-            OnRanks(engine, plan, folder, ranks, device) if ranks > 1 else InOneProcess(engine, plan, device)
-        )
+            ranks = all_of(offered_ranks(device))
+        if ranks > 1:
+            yield OnRanks(engine, plan, folder, ranks, device, gangs)
+        else:
+            yield InOneProcess(engine, plan, device)

@@ -29,7 +29,9 @@ def memory_bytes(
     context, own = timetable.context_frames, min(timetable.block_frames, timetable.num_frames)
     recompute = timetable.mode == ContextMode.RECOMPUTE
     live = min(timetable.num_steps // timetable.stride + 1, timetable.num_blocks)
-    at_once = live * own if timetable.joint else own
+    if timetable.is_patched:
+        live = timetable.num_blocks
+    at_once = min(live * own, timetable.num_frames) if timetable.joint or timetable.is_patched else own
     frames = at_once + (context if recompute else 0)
     keys = at_once + 2 * context + timetable.anchor_frames
     hidden = tokens * (frames * (HIDDEN_COPIES * dit.width + 2 * dit.ffn_width) + keys * 4 * dit.width)
@@ -40,6 +42,8 @@ def memory_bytes(
     lenders += context if is_onetime else 0  # a block at its first step has the second branch too
     # a forward's own keys and values are collected over all layers, if anybody reads some of them
     collected = own if context or timetable.anchor_frames else 0
+    if timetable.is_patched:  # of this tick, of the tick before, and together as one patch sees them
+        lenders, collected = 3 * timetable.num_frames, timetable.num_frames
     lent = (lenders * branches + collected) * dit.num_layers * 2 * tokens * dit.width
     if job.attention.sparsity.policy != "none" and job.attention.sparsity.restores:
         lent += live * branches * dit.num_layers * frames * tokens * (dit.width + 2 * dit.num_heads)

@@ -13,9 +13,18 @@ from vidgen.conditioning.prompts import BlockTexts, Timeline
 from vidgen.config import JobConfig, resolve
 from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.given import Inputs
+from vidgen.denoise.lockstep import Clips
 from vidgen.denoise.loop import Task
 from vidgen.denoise.task import make_task
-from vidgen.denoise.timetable import Timetable, autoregressive, dualparal, full, moving_buffer
+from vidgen.denoise.timetable import (
+    Timetable,
+    autoregressive,
+    dualparal,
+    fifo,
+    full,
+    moving_buffer,
+    pipefusion,
+)
 from vidgen.families.family import Family, Frames
 from vidgen.kernels.attention.api import check_name
 from vidgen.limits import available_memory_bytes, memory_bytes, readable
@@ -152,6 +161,7 @@ def make_plan(family: Family, job: JobConfig, inputs: Inputs | None = None, **gi
         residual_guidance=job.queue.residual_guidance,
         static_threshold=job.queue.static_threshold,
         sparsity=_sparsity(family, job.attention.sparsity),
+        clips=make_clips(job, timetable.num_frames),
         attention_backend=job.attention.backend,
     )
     return Plan(job=job, timeline=timeline, task=task, inputs=inputs, sizes=sizes)
@@ -172,10 +182,14 @@ def make_timetable(job: JobConfig, num_latent_frames: int, switch_step: int | No
     """The timetable that a resolved job asks for. ValueError for a stride that is not its timetable's."""
     queue, num_steps = job.queue, job.num_inference_steps
     assert num_steps
-    if queue.timetable == "full":
+    sizes: dict[str, Any]
+    if queue.timetable in ("full", "lockstep"):
         return full(num_latent_frames, num_steps, switch_step=switch_step)
     assert queue.block_frames and queue.context_frames is not None and queue.context_mode
-    sizes: dict[str, Any] = {
+    if queue.timetable == "pipefusion":
+        sizes = {"block_frames": queue.block_frames, "warm_up_steps": queue.warm_up_steps}
+        return pipefusion(num_latent_frames, num_steps, switch_step=switch_step, **sizes)
+    sizes = {
         "block_frames": queue.block_frames,
         "context_frames": queue.context_frames,
         "mode": queue.context_mode,
@@ -191,7 +205,27 @@ def make_timetable(job: JobConfig, num_latent_frames: int, switch_step: int | No
         return autoregressive(num_latent_frames, num_steps, **sizes)
     if queue.timetable == "buffer":
         return moving_buffer(num_latent_frames, num_steps, stride=queue.stride, **sizes)
+    if queue.timetable == "fifo":
+        if sizes.pop("block_frames") != 1:
+            raise ValueError(
+                f"block_frames={queue.block_frames}: timetable=fifo has blocks of one frame; leave it out"
+            )
+        return fifo(num_latent_frames, num_steps, stride=queue.stride, **sizes)
     return dualparal(num_latent_frames, num_steps, stride=queue.stride, **sizes)
+
+
+def make_clips(job: JobConfig, num_latent_frames: int) -> Clips | None:
+    """The clips of a resolved job in lock step: its blocks. None for other timetables."""
+    queue = job.queue
+    if queue.timetable != "lockstep":
+        return None
+    assert queue.block_frames and queue.context_frames is not None
+    return Clips(
+        num_frames=num_latent_frames,
+        clip_frames=queue.block_frames,
+        halo_frames=queue.context_frames,
+        global_frames=queue.global_frames,
+    )
 
 
 def _switch_step(levels: Sequence[float], boundary: float | None) -> int | None:

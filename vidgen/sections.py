@@ -47,11 +47,16 @@ class SegmentConfig(Strict):
 class QueueConfig(Strict):
     """How the video is cut into blocks and how they stream. Frames here are latent frames."""
 
-    timetable: Literal["autoregressive", "buffer", "dualparal", "full"] | None = None
+    timetable: (
+        Literal["autoregressive", "buffer", "dualparal", "fifo", "full", "lockstep", "pipefusion"] | None
+    ) = None
     """`full` denoises all frames at once, as a plain pipeline does; by default up to the length that the
     model was trained for, and `dualparal` for longer videos. `autoregressive` finishes each block before the
     next one begins, so that another prompt shows in the next block. `buffer` runs all live blocks in one
-    window, for models that know mixed noise levels; in one process only."""
+    window, for models that know mixed noise levels; in one process only. `fifo` is `dualparal` with blocks of
+    one frame. Approximations of `full` for more ranks: in `lockstep` all blocks take each step together, and
+    each sees the frames around it and `global_frames`; `pipefusion` runs them one after the other, and each
+    sees those after it as they were a step ago."""
     block_frames: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     context_frames: int | None = Field(default=None, ge=0)
     stride: int = Field(default=1, ge=1)
@@ -59,6 +64,10 @@ class QueueConfig(Strict):
     context_mode: ContextMode | None = None
     anchor_frames: int = Field(default=0, ge=0)
     """Frames of the first block that all later blocks see, against drift."""
+    global_frames: int = Field(default=4, ge=0)
+    """`lockstep`: frames spread over the whole video that all blocks see."""
+    warm_up_steps: int = Field(default=1, ge=1)
+    """`pipefusion`: steps in which all frames run at once, exactly, before blocks run one by one."""
     noise: NoiseKind | None = None
     guidance: GuidanceMode = GuidanceMode.SPLIT
     """Branches of guidance one by one, which fills a pipeline better, or `stacked` as one batch."""
@@ -152,12 +161,22 @@ class OutputConfig(Strict):
 
 
 class ParallelConfig(Strict):
-    """Which ranks a render runs on. Nothing here changes a frame."""
+    """Which ranks a render runs on, and what each does. Nothing here changes a frame, but for last bits where
+    tokens are shared (`ulysses`, `ring`)."""
 
     ranks: Annotated[int | Literal["auto"], BeforeValidator(_check_ranks)] = 1
     """Processes that share the model's layers; `auto` takes what the cluster or this machine offers."""
     layers_per_rank: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    """The cut by hand; by default it is made from measured costs."""
+    """The cut of the layers by hand; by default it is made from measured costs."""
+    ulysses: int = Field(default=1, ge=1, le=MAX_RANKS)
+    """Ranks that share the tokens of every frame, and in attention its heads (DeepSpeed-Ulysses)."""
+    ring: int = Field(default=1, ge=1, le=MAX_RANKS)
+    """Ranks that share the tokens of every frame and pass keys and values around; times `ulysses`."""
+    guidance: int = Field(default=1, ge=1, le=2)
+    """2: the branches of guidance run on different ranks. Layers are shared by
+    ranks / (ulysses * ring * guidance * clip) of them."""
+    clip: int = Field(default=1, ge=1, le=MAX_RANKS)
+    """Ranks that share the clips of `timetable: lockstep`."""
     address: Text | None = None
     """HOST:PORT of a running Ray cluster; by default ranks are started on this machine."""
     placement: Literal["pack", "spread"] = "pack"

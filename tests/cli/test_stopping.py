@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from vidgen import render as rendering
+from vidgen import run as running
 from vidgen.config import parse_job, read_yaml
 from vidgen.media.source import VideoSource
 
@@ -109,7 +110,7 @@ def test_the_second_signal_ends_it_at_once(tmp_path: Path):
 def test_a_disk_that_fills_up_costs_nothing_that_is_finished(
     uninterrupted: np.ndarray, run: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    commit, calls = rendering._Run._commit, []
+    commit, calls = running.Run._commit, []
 
     def commit_twice(*parts: Any) -> None:
         calls.append(parts)
@@ -117,7 +118,7 @@ def test_a_disk_that_fills_up_costs_nothing_that_is_finished(
             raise OSError(errno.ENOSPC, "No space left on device", "out.job/latents")
         commit(*parts)
 
-    monkeypatch.setattr(rendering._Run, "_commit", commit_twice)
+    monkeypatch.setattr(running.Run, "_commit", commit_twice)
     ran = run("render", RED, "--num-frames", 129, "--infer-steps", 4)
     assert ran.code == 3
     assert len(ran.err.splitlines()) == 1 and ran.err.startswith("vidgen: error: ")
@@ -131,7 +132,7 @@ def test_a_fault_of_the_engine_shows_its_trace_and_keeps_the_job(run: Run, monke
     def fail(*_: object) -> None:
         raise KeyError("fault")
 
-    monkeypatch.setattr(rendering, "make_sheet", fail)
+    monkeypatch.setattr(running, "make_sheet", fail)
     ran = run("render", RED, "--num-frames", 5, "--infer-steps", 2)
     assert ran.code == 3 and "Traceback" in ran.err
     assert "KeyError: 'fault'; 5 of 5 frames are kept" in ran.err.splitlines()[-1]

@@ -20,7 +20,8 @@ from vidgen.denoise.timetable import Timetable, autoregressive, dualparal, full
 from vidgen.engine import Engine
 from vidgen.journal import Journal
 from vidgen.live import Live
-from vidgen.render import Interrupted, render, resume
+from vidgen.render import render, resume
+from vidgen.run import Interrupted
 from vidgen.types import Block, ContextMode
 
 MakeTask = Callable[..., Task]

@@ -15,7 +15,8 @@ from vidgen.engine import Engine
 from vidgen.families.family import as_pixels
 from vidgen.inspection import inspect_model
 from vidgen.media.reading import open_output
-from vidgen.render import Interrupted, render, resume
+from vidgen.render import render, resume
+from vidgen.run import Interrupted
 
 BASE: dict[str, Any] = {
     "prompt": "a red cat runs", "width": 32, "height": 32, "num_frames": 33, "num_inference_steps": 3,

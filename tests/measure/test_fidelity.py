@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidgen.measure.fidelity import boundary_jump, flicker, psnr, ssim
+from vidgen.measure.fidelity import boundary_jump, flicker, psnr, ssim, steps_by_place
 from vidgen.world import Scene, render_clips
 
 SCENE = Scene(colour="red", shape="square", motion="left", background="striped")
@@ -140,3 +140,24 @@ def test_what_is_no_video_is_an_error():
             flicker(torch.zeros(shape))
     with pytest.raises(ValueError, match="need 2 or more"):
         flicker(torch.zeros(3, 1, 8, 8))
+
+
+def test_steps_are_told_by_place():
+    levels = torch.tensor([0.0, 0.1, 0.3, 0.4, 1.4, 1.5, 1.7, 1.8, 2.8, 2.9])
+    video = levels.view(1, -1, 1, 1).expand(3, 10, 4, 4)
+    steps = steps_by_place(video, block_frames=4, chunk_frames=2)
+    assert steps == pytest.approx({"block": 1, "chunk": 0.2, "inside": 0.1}, abs=1e-6)
+    whole = steps_by_place(video, block_frames=2, chunk_frames=2)
+    assert math.isnan(whole["chunk"]) and whole["inside"] == pytest.approx(0.1, abs=1e-6)
+
+
+def test_psnr_and_ssim_are_those_of_torchmetrics(clip):
+    image = pytest.importorskip("torchmetrics.functional.image", reason="torchmetrics is not installed")
+    other = (clip + 0.2 * noise(clip)).clamp(-1, 1)
+    frames, others = (video.movedim(1, 0).double() for video in (clip, other))
+    known = image.peak_signal_noise_ratio(others, frames, data_range=2.0)
+    assert psnr(other, clip) == pytest.approx(known.item(), abs=1e-5)
+    # it pads by reflection where we take whole windows only
+    around = [torch.nn.functional.pad(video, (5,) * 4, mode="reflect") for video in (frames, others)]
+    known = image.structural_similarity_index_measure(others, frames, data_range=2.0)
+    assert ssim(around[1].movedim(0, 1), around[0].movedim(0, 1)) == pytest.approx(known.item(), abs=1e-9)

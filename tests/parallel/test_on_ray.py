@@ -8,7 +8,8 @@ from typing import Any
 import psutil
 import pytest
 
-from vidgen.render import Interrupted, render, resume
+from vidgen.render import render, resume
+from vidgen.run import Interrupted
 
 QUEUES = {
     "recompute": {"block_frames": 2, "context_frames": 1},

@@ -13,7 +13,8 @@ import yaml
 from vidgen.config import parse_job
 from vidgen.journal import JobInUse, Journal
 from vidgen.media.source import VideoSource
-from vidgen.render import Interrupted, render, resume
+from vidgen.render import render, resume
+from vidgen.run import Interrupted
 
 NUM_KILLS = 14
 QUEUES = {

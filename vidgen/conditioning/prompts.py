@@ -96,3 +96,8 @@ class BlockTexts:
         if blend.weight < 1:
             text = self.encoded[blend.old].lerp(text, blend.weight)
         return text, self.encoded[self.negative_prompt]
+
+    def change(self, change: PromptChange, text_1NT: Tensor) -> None:
+        """Another prompt from a block on, with its text."""
+        self.encoded.setdefault(change.prompt, text_1NT)
+        self.timeline.change(change)

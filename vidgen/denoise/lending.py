@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vidgen.denoise.timetable import Forward, Lender, Read
+from vidgen.denoise.forwards import Forward, Lend, Lender, Read
 from vidgen.model.context import Context, LayerKeyValues, concatenate
 from vidgen.sparsity.policy import State
 
@@ -91,7 +91,7 @@ class Lending:
     def __init__(self, lent: Lent) -> None:
         self.lent = lent
         self._forward: Forward | None = None
-        self._kept: dict[Lender, list[LayerKeyValues]] = {}
+        self._kept: dict[Lend, list[LayerKeyValues]] = {}
         self._from_next_block: tuple[Read | None, BranchKeyValues] = (None, ())
         self._this_tick: dict[int, tuple[int, BranchKeyValues]] = {}
         self._new_anchor: BranchKeyValues = ()
@@ -100,7 +100,7 @@ class Lending:
         """This forward is next."""
         self._close()
         self._forward = forward
-        self._kept = {lend.to: [] for lend in forward.lends}
+        self._kept = {lend: [] for lend in forward.lends}
 
     @property
     def is_lending(self) -> bool:
@@ -109,7 +109,7 @@ class Lending:
         return bool(self._forward.lends)
 
     def context(self, branch: int) -> Context:
-        """Keys and values around a window: anchor and cached frames before it, the next block's after it.
+        """Keys and values around a window: anchor, cached frames and patches before it; others after it.
 
         A branch that the lending forward did not have reads those of the prompt's branch.
         """
@@ -125,14 +125,23 @@ class Lending:
             source, kv = self._from_next_block
             assert source == forward.after_kv, "a read names the version of this very tick"
             after = _of_branch(kv, branch)
-        return Context(before=concatenate(anchor, before), after=after)
+        patches = {read.block: self._patch(read, branch) for read in forward.patches_kv}
+        earlier = (kv for block, kv in patches.items() if block < forward.block)
+        later = (kv for block, kv in patches.items() if block > forward.block)
+        return Context(before=concatenate(anchor, before, *earlier), after=concatenate(after, *later))
+
+    def _patch(self, read: Read, branch: int) -> LayerKeyValues:
+        """The newest there is of a patch; one that has not run in this tick lent in the last one."""
+        step, kv = self._this_tick.get(read.block) or self.lent.for_later[read.block]
+        assert step == read.step, "a read names the newest version"
+        return _of_branch(kv, branch)
 
     def keep(self, own: LayerKeyValues, frames_before: int) -> None:
         """Copy what the forward lends of its keys and values; call once per branch, in order."""
         assert self._forward is not None
         for lend in self._forward.lends:
             frames = frames_before + lend.start, frames_before + lend.stop
-            self._kept[lend.to].append(tuple(kv.frames(*frames) for kv in own))
+            self._kept[lend].append(tuple(kv.frames(*frames) for kv in own))
 
     def end_tick(self, kept: range) -> None:
         """What later ticks may read becomes visible; blocks outside `kept` are forgotten."""
@@ -147,12 +156,12 @@ class Lending:
         forward, self._forward = self._forward, None
         if forward is None:
             return
-        kept = {to: tuple(branches) for to, branches in self._kept.items()}
         self._from_next_block = (None, ())
-        for lend in forward.lends:
+        for lend, branches in self._kept.items():
+            block, step = forward.parts[lend.part]
             if lend.to == Lender.EARLIER_BLOCK:
-                source = Read(forward.block, forward.step, lend.start, lend.stop)
-                self._from_next_block = source, kept[lend.to]
-        if Lender.LATER_BLOCK in kept:
-            self._this_tick[forward.block] = forward.step, kept[Lender.LATER_BLOCK]
-        self._new_anchor = kept.get(Lender.ALL, self._new_anchor)
+                self._from_next_block = Read(block, step, lend.start, lend.stop), tuple(branches)
+            elif lend.to == Lender.ALL:
+                self._new_anchor = tuple(branches)
+            else:
+                self._this_tick[block] = step, tuple(branches)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from vidgen.denoise.attending import Attending, Sparsity
+from vidgen.denoise.checks import check_task
 from vidgen.denoise.conditions import Conditions
 from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.guidance import guide, num_branches
 from vidgen.denoise.lending import Lending, Lent
+from vidgen.denoise.lockstep import ClipAttention, Clips
 from vidgen.denoise.solver import Solver
 from vidgen.denoise.state import BlockState, FinishedBlock, LoopState, Window
 from vidgen.denoise.still import StillFilter, denoised, repeat, same_texts
@@ -45,29 +47,12 @@ class Task:
     residual_guidance: ResidualGuidance = ResidualGuidance.NONE
     still: StillFilter | None = None  # every block is denoised without
     sparsity: Sparsity | None = None  # dense attention without
+    clips: Clips | None = None  # in lock step; every frame sees every other without
     attention_backend: str | None = None  # None: the first that is able
     conditions: Conditions = field(default_factory=Conditions, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if len(self.noise_levels) != self.timetable.num_steps + 1:
-            raise ValueError(
-                f"{len(self.noise_levels)} noise levels for {self.timetable.num_steps} steps: need one more "
-                "level than steps"
-            )
-        if (self.second_model is None) != (self.timetable.switch_step is None):
-            raise ValueError("a second model and the step from which it is used belong together")
-        if self.still is not None and self.timetable.stride < self.timetable.num_steps:
-            raise ValueError(
-                f"static_threshold={self.still.threshold:g}: needs the block before to be finished when a "
-                "block begins; take timetable=autoregressive, or leave static_threshold out"
-            )
-        if self.timetable.joint and self.sparsity is not None:
-            raise ValueError("timetable=buffer: knows no sparse attention; leave sparsity out")
-        if self.runs_per_forward < self.num_branches and self.branches_at(-1) < self.num_branches:
-            raise ValueError(
-                "guidance=stacked: residual_guidance=onetime runs a second branch at a block's first step "
-                "only, which makes no batch; leave guidance out"
-            )
+        check_task(self)
 
     @property
     def num_branches(self) -> int:
@@ -114,7 +99,7 @@ class Task:
     def run_texts(self, block: Block, step: int = 0) -> tuple[Tensor, ...]:
         """Text [B, N, T] of each run of the model: a branch each, or all of them in one batch."""
         branches = self.branches_at(step)
-        texts = self.texts(block)[:branches]
+        texts = self.texts(self.timetable.text_block(block))[:branches]
         if len(texts) < branches:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale}: needs a text and a negative text, got one"
@@ -125,8 +110,10 @@ class Task:
         """A block before its first step."""
         return BlockState(self.noise(block).to(self.device), 0)
 
-    def attending(self, layers: range, lent: Lent) -> Attending | None:
+    def attending(self, layers: range, lent: Lent) -> Attending | ClipAttention | None:
         """What gives some of the layers their attention, where that is not the plain one."""
+        if self.clips is not None:
+            return ClipAttention(self.clips, self.model.config, layers)
         if self.sparsity is None:
             return None
         return Attending(self.sparsity, self.timetable, layers, self.model.config.num_layers, lent)
@@ -194,7 +181,7 @@ def run_forward(
     blocks: dict[int, BlockState],
     forward: Forward,
     lending: Lending,
-    attending: Attending | None,
+    attending: Attending | ClipAttention | None,
 ) -> dict[int, BlockState]:
     """The blocks of the window after their step; what the forward lends is kept."""
     lending.begin(forward)
@@ -210,7 +197,7 @@ def run_model(
     forward: Forward,
     owns: Sequence[BlockState],
     lending: Lending,
-    attending: Attending | None,
+    attending: Attending | ClipAttention | None,
 ) -> list[Tensor]:
     """Velocities of the blocks' own frames, one per branch."""
     window = make_window(task, blocks, forward, *owns)

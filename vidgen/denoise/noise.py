@@ -61,6 +61,20 @@ class NoiseSource:
         return torch.randn((num_frames, *self.frame_shape), generator=_generator(self.seed, purpose, index))
 
 
+class SlicedNoise:
+    """What a source draws for a video of one block, in blocks of any sizes."""
+
+    def __init__(self, source: NoiseSource) -> None:
+        self.source = source
+        self._whole_BCFYX: Tensor | None = None
+
+    def __call__(self, block: Block) -> Tensor:
+        """[1, C, F, Y, X] of a block."""
+        if self._whole_BCFYX is None:
+            self._whole_BCFYX = self.source.block(0)
+        return self._whole_BCFYX[:, :, block.start : block.start + block.num_frames].contiguous()
+
+
 def _generator(seed: int, purpose: str, index: int) -> torch.Generator:
     """A random stream of its own for every (seed, purpose, index)."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.given import NOTHING, Given
+from vidgen.denoise.lockstep import Clips
 from vidgen.denoise.loop import Task
-from vidgen.denoise.noise import NoiseSource
+from vidgen.denoise.noise import NoiseSource, SlicedNoise
 from vidgen.denoise.schedule import noise_levels
 from vidgen.denoise.solver import Euler, Solver
 from vidgen.denoise.still import StillFilter
@@ -35,6 +36,7 @@ def make_task(
     residual_guidance: ResidualGuidance = ResidualGuidance.NONE,
     static_threshold: float | None = None,
     sparsity: Sparsity | None = None,
+    clips: Clips | None = None,
     attention_backend: str | None = None,
 ) -> Task:
     """The task of denoising one video. `solver` comes with the levels that the model sees; by default Euler.
@@ -47,7 +49,7 @@ def make_task(
     source = NoiseSource(
         seed,
         frame_shape=(model.config.latent_channels, latent_rows, latent_columns),
-        block_frames=timetable.block_frames,
+        block_frames=timetable.num_frames if timetable.is_patched else timetable.block_frames,
         context_frames=timetable.context_frames,
         kind=noise,
     )
@@ -60,11 +62,12 @@ def make_task(
         second_model=second_model,
         second_guidance_scale=second_guidance_scale,
         given=given,
-        noise=source,
+        noise=SlicedNoise(source) if timetable.is_patched else source,
         guidance_mode=guidance_mode,
         residual_guidance=residual_guidance,
         still=None if static_threshold is None else StillFilter(threshold=static_threshold, seed=seed),
         sparsity=sparsity,
+        clips=clips,
         attention_backend=attention_backend,
         texts=texts,
     )

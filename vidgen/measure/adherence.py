@@ -20,6 +20,7 @@ from vidgen.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Scene, backgrou
 
 FACTORS = ("colour", "shape", "motion", "background")
 MIN_FRAMES = 8
+CLIP_FRAMES = 16  # of a window, and of the clips a model is measured on
 MAX_PIXEL_ERROR = 0.4  # colour distance to which a pixel is background; the palette is 0.85 off at least
 FOREGROUND_SHARE = (0.02, 0.4)  # of the frame; objects of the world cover 0.11 to 0.20
 MAX_BLEND_ERROR = 0.55  # from any blend of object and background; a second colour is 0.66 off at least
@@ -127,7 +128,7 @@ def adherence(clips: Iterable[Tensor], scenes: Sequence[Scene]) -> dict[str, flo
     return _shares([judge(clip, scene) for clip, scene in zip(clips, scenes, strict=True)])
 
 
-def windows(video: Tensor, length: int = 16) -> list[Measured]:
+def windows(video: Tensor, length: int = CLIP_FRAMES) -> list[Measured]:
     """What each stretch of `length` frames of a video [3, F, Y, X] shows, in order.
 
     Every frame is in a window: the last one ends with the video and may overlap the one before.
@@ -148,7 +149,7 @@ def drift(video: Tensor, scene: Scene) -> dict[str, dict[str, float]]:
         )
     parts = {"first": video[:, :quarter], "last": video[:, -quarter:]}
     return {
-        name: _shares([seen.verdict(scene) for seen in windows(part, min(16, quarter))])
+        name: _shares([seen.verdict(scene) for seen in windows(part, min(CLIP_FRAMES, quarter))])
         for name, part in parts.items()
     }
 

@@ -3,16 +3,17 @@
 import random
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from vidgen.builtin import SmallModel
+from vidgen.measure.adherence import CLIP_FRAMES as CLIP_FRAMES
 from vidgen.measure.adherence import FACTORS, Verdict, judge, windows
-from vidgen.measure.fidelity import boundary_jump
+from vidgen.measure.fidelity import boundary_jump, steps_by_place
 from vidgen.measure.generate import generate
+from vidgen.measure.keeping import Row, kept_rows
 from vidgen.types import Recommended
 from vidgen.world import WORLDS, Scene
-
-CLIP_FRAMES = 16
 
 
 def measure_adherence(
@@ -42,37 +43,68 @@ def measure_adherence(
         "trained": _counts(verdicts[:num_trained]),
         "held_out": _counts(verdicts[num_trained:]),
         "cpu_seconds_per_clip": round(seconds / len(scenes), 3),
-        "settings": {key: str(value) for key, value in asdict(settings).items()},
+        "settings": settings_text(settings),
         "training_steps": model.training.get("step"),
     }
 
 
 def measure_long(
-    model: SmallModel, *, num_prompts: int, num_frames: int, seed: int, world: str = "small"
+    model: SmallModel,
+    *,
+    num_prompts: int,
+    num_frames: int,
+    seed: int,
+    settings: Recommended | None = None,
+    world: str = "small",
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Counts of right windows of 16 frames in long block-queue videos, by quarter, and how blocks meet.
 
     Of a long video every window should show what was asked for, as often at the end as at the beginning.
+    "border_jump" is the mean over the videos of the change at block borders over that inside blocks;
+    "steps" is the mean change of consecutive frames at each kind of place, of which a codec with chunks of
+    frames has a part in those where latent frames meet. Videos are kept in the file `keep` as results only.
     """
-    settings = model.recommended
+    settings = settings or model.recommended
     block = settings.block_frames * model.codec.temporal_stride
-    verdicts: list[list[Verdict]] = []
-    jumps = []
-    for index, scene in enumerate(pick_scenes(num_prompts, seed, world)):
+    scenes = pick_scenes(num_prompts, seed, world)
+    what = {
+        "measure": "long", "prompts": [scene.caption() for scene in scenes], "seed": seed,
+        "num_frames": num_frames, "settings": settings_text(settings),
+        "training_steps": model.training.get("step"),
+    }  # fmt: skip
+
+    def one(index: int) -> Row:
         video = generate(
-            model, scene.caption(), num_frames=num_frames, seed=seed + index, settings=settings, long=True
-        )
-        verdicts.append([measured.verdict(scene) for measured in windows(video, CLIP_FRAMES)])
-        jumps.append(boundary_jump(video, list(range(block, num_frames, block))))
+            model, scenes[index].caption(), num_frames=num_frames, seed=seed + index, settings=settings,
+            long=True,
+        )  # fmt: skip
+        return {
+            "verdicts": [asdict(seen.verdict(scenes[index])) for seen in windows(video, CLIP_FRAMES)],
+            "jump": boundary_jump(video, list(range(block, num_frames, block))),
+            "steps": steps_by_place(video, block, model.codec.temporal_stride),
+        }
+
+    rows = list(kept_rows(keep, what, num_prompts, one))
+    verdicts = [[Verdict(**verdict) for verdict in row["verdicts"]] for row in rows]
     quarters = [[v for video in verdicts for v in video[_quarter(len(video), q)]] for q in range(4)]
     return {
         "prompts": num_prompts,
         "frames": num_frames,
         "all": _counts([verdict for video in verdicts for verdict in video]),
         "quarters": [_counts(quarter)["all"] for quarter in quarters],
-        "border_jump": round(sum(jumps) / len(jumps), 3),
-        "settings": {key: str(value) for key, value in asdict(settings).items()},
+        "border_jump": round(sum(row["jump"] for row in rows) / len(rows), 3),
+        "steps": {
+            place: round(sum(row["steps"][place] for row in rows) / len(rows), 5)
+            for place in rows[0]["steps"]
+        },
+        "settings": what["settings"],
     }
+
+
+def settings_text(settings: Recommended) -> dict[str, str]:
+    """Settings as they are shown and compared."""
+    return {key: str(value) for key, value in asdict(settings).items()}
 
 
 def _quarter(length: int, number: int) -> slice:

@@ -21,6 +21,7 @@ from vidgen.kernels.modulate.api import norm_modulate
 from vidgen.model.context import Context, LayerKeyValues
 from vidgen.model.dtypes import DTYPES, DType, cast
 from vidgen.model.layers import Attend, Block, ImageProjection, NoiseLevelEmbedding, Positions, TextProjection
+from vidgen.model.part import Part
 from vidgen.model.rope import rotations
 
 # B batch, C latent channels, F latent frames, Y X latent rows and columns,
@@ -222,15 +223,27 @@ class DiT(nn.Module):
         attends: Sequence[Attend] | None = None,
         *,
         lends: bool = True,
+        part: Part | None = None,
     ) -> tuple[Tensor, LayerKeyValues]:
-        """(tokens [B, F, S, D] after the layers at hand, each layer's own keys and values if it `lends`)."""
-        positions = self._positions(grid, context, x_BFSD.device)
+        """(tokens [B, F, S, D] after the layers at hand, each layer's own keys and values if it `lends`).
+
+        With a `part`, tokens, conditioning and context are those of the part; the grid is the whole one's.
+        """
+        positions = self._positions(grid, context, x_BFSD.device, part)
         text_BND, log_weights_N = self._weighted(conditioning.text_BND, positions.backend)
         shared = conditioning.noise_BF6D, text_BND, positions
         lent = []
         with attention_backend(positions.backend):  # for `attends`
             for index, layer in enumerate(self.layers):
                 attend = None if attends is None else attends[index]
+                if part is not None:
+                    attend = part.around(
+                        attend or positions.attend,
+                        context.frames_before + grid[0] + context.frames_after,
+                        query_frames=grid[0],
+                        layout=positions.window,
+                        is_plain=attend is None,
+                    )
                 x_BFSD, own = layer(x_BFSD, *shared, *context.layer(index), attend, log_weights_N)
                 if lends:
                     lent.append(own)
@@ -291,7 +304,9 @@ class DiT(nn.Module):
         log_weights_N[-1] = math.log(repeats)
         return text_BND[:, : images + kept], log_weights_N
 
-    def _positions(self, grid: Grid, context: Context, device: torch.device) -> Positions:
+    def _positions(
+        self, grid: Grid, context: Context, device: torch.device, part: Part | None = None
+    ) -> Positions:
         frames, rows, columns = grid
         first, key_frames = context.frames_before, context.frames_before + frames + context.frames_after
         head_width = self.config.width // self.config.num_heads
@@ -302,6 +317,14 @@ class DiT(nn.Module):
                 grid=grid, radius=self.config.window, key_frames=key_frames, frame_offset=first
             ).on(device)
         tokens = rows * columns
+        if part is not None:
+            tokens = len(range(tokens)[part.tokens])
+            cosines, sines = (
+                turns.unflatten(0, (key_frames, rows * columns))[:, part.tokens].flatten(0, 1)
+                for turns in (cosines, sines)
+            )
+            at_hand = range(frames)[part.frames or slice(None)]
+            first, frames = first + at_hand.start, len(at_hand)
         own = slice(first * tokens, (first + frames) * tokens)
         return Positions(cosines, sines, own, window, self.attention_backend or current_backend())
 

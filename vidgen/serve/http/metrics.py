@@ -3,12 +3,15 @@
 import asyncio
 import time
 from contextlib import suppress
+from itertools import zip_longest
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from vidgen.serve.errors import ApiError
 from vidgen.serve.work.feeds import Feed, Feeds
+from vidgen.serve.work.replica import ReplicaFacts
 from vidgen.serve.work.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -54,6 +57,12 @@ class Metrics:
             "vidgen_replica_beat_age_seconds", "Since a replica's last answer", ["replica"]
         )
         self._ranks = self._gauge("vidgen_replica_ranks", "Ranks that a replica renders on", ["replica"])
+        self._rank_ages = self._gauge(
+            "vidgen_rank_answer_age_seconds", "Since a rank's last answer", ["replica", "rank"]
+        )
+        self._rank_states = self._gauge(
+            "vidgen_rank_up", "1 when a rank, or its decoder, has answered lately", ["replica", "rank"]
+        )
 
     def answered(self, scope: Any, status: int, took_s: float) -> None:
         """Count a request; unknown paths count as one, so that nobody can make up new series."""
@@ -75,7 +84,16 @@ class Metrics:
                 self._states.labels(str(facts.index), state).set(facts.state == state)
             self._beats.labels(str(facts.index)).set(facts.beat_age_s)
             self._ranks.labels(str(facts.index)).set(facts.ranks)
+            self._tell_ranks(facts, server.config.timings.heartbeat_timeout_s)
         return generate_latest(self.registry)
+
+    def _tell_ranks(self, facts: ReplicaFacts, longest_s: float) -> None:
+        """Each rank by its number, the decoder by its name; those that are not there are down."""
+        names = [*map(str, range(facts.ranks)), "decoder"] if facts.ranks > 1 else []
+        for name, age_s in zip_longest(names, facts.rank_ages_s[: len(names)]):
+            labels = str(facts.index), name
+            self._rank_ages.labels(*labels).set(inf if age_s is None else age_s)
+            self._rank_states.labels(*labels).set(age_s is not None and age_s < longest_s)
 
     async def follow_all(self, scheduler: Scheduler, feeds: Feeds) -> None:
         """Measure every video that a replica takes, until cancelled."""

@@ -55,6 +55,8 @@ class ReplicaObject(Strict):
     video_id: str | None
     device: str | None
     ranks: int
+    rank_ages_s: list[float]
+    """Since each rank was heard, and last its decoder; nothing of one that works in one process."""
 
 
 class Ready(Strict):
@@ -112,15 +114,30 @@ async def ready(request: Request) -> Response:
         {
             "index": facts.index, "state": str(facts.state), "beat_age_s": facts.beat_age_s,
             "video_id": facts.video_id, "device": facts.device, "ranks": facts.ranks,
+            "rank_ages_s": [round(age_s, 3) for age_s in facts.rank_ages_s],
         }
         for facts in server.scheduler.replicas()
     ]  # fmt: skip
     if server.draining.is_set():
         raise unavailable("the server is about to stop")
     if not server.scheduler.is_ready:
-        states = ", ".join(f"replica {facts['index']} is {facts['state']}" for facts in replicas)
-        raise unavailable(f"not every worker is there: {states}", retry_after_s=1)
+        longest_s = server.config.timings.heartbeat_timeout_s
+        states = ", ".join(
+            f"replica {facts['index']} is {facts['state']}"
+            + (
+                f", {_num_heard(facts, longest_s)} of its {facts['ranks']} ranks"
+                if facts["ranks"] > 1
+                else ""
+            )
+            for facts in replicas
+        )
+        raise unavailable(f"not everybody is there: {states}", retry_after_s=1)
     return JsonResponse({"status": "ready", "replicas": replicas})
+
+
+def _num_heard(facts: dict[str, Any], longest_s: float) -> int:
+    """Ranks that have answered lately."""
+    return sum(age_s < longest_s for age_s in facts["rank_ages_s"][: facts["ranks"]])
 
 
 @router.get(

@@ -10,13 +10,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
-from vidgen.config import parse_job, read_yaml
 from vidgen.engine import Engine
 from vidgen.journal import Journal
 from vidgen.live import Live, Wish
@@ -64,7 +62,6 @@ class Attempt:
         self._num_forwards = 0
         self._progress_at = self._weighed_at = 0.0
         self._disk_bytes = 0
-        self._block_frames: int | None = None
         self._ranks_at = 0  # the time of the file where they are named
 
     def hear(self, order: Order) -> None:
@@ -88,7 +85,7 @@ class Attempt:
             engine=engine,
             check=self._check,
             wishes=self._take_wishes,
-            applied=lambda wish, frame: self._applied(engine, wish, frame),
+            applied=self._applied,
             refused=self._refused,
             committed=self.committed,
         )
@@ -179,13 +176,7 @@ class Attempt:
             wishes, self._wishes = self._wishes, []
         return wishes
 
-    def _applied(self, engine: Engine, wish: Wish, frame: int) -> None:
-        if self._block_frames is None:
-            job = parse_job(read_yaml(self.job_folder / "job.yaml"))
-            self._block_frames = job.queue.block_frames
-        size, sizes = self._block_frames, engine.family.sizes
-        assert size
-        block = next(block for block in count() if sizes.num_pixel_frames(block * size) >= frame)
+    def _applied(self, wish: Wish, block: int, frame: int) -> None:
         self._send(
             PromptApplied(
                 video_id=self.run.video_id, wish_id=wish.id, prompt=wish.prompt, frame=frame, block=block

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from glob import glob
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from vidgen.serve.config import ServerConfig
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vidgen.serve.work.worker import Worker
 
 BEAT_EVERY_S = 1.0
+TEND_EVERY_S = 1.0
 BEHIND_THE_SERVER = 5  # niceness of a worker that computes on the CPU: requests are answered first
 PR_SET_PDEATHSIG = 1
 LOG = logging.getLogger(__name__)
@@ -71,7 +72,11 @@ class Body:
         self._worker = worker
         self.send(Ready(device=worker.device, seconds=time.monotonic() - started))
         while True:
-            self._orders.get()
+            try:
+                self._orders.get(timeout=TEND_EVERY_S)
+            except Empty:
+                worker.tend()
+                continue
             worker.work()
 
     def listen(self) -> None:

@@ -55,6 +55,7 @@ class Beat:
     video_id: str | None
     num_forwards: int
     is_held: bool
+    rank_ages_s: tuple[float, ...] = ()  # since each rank was heard, and last the decoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -40,6 +40,7 @@ class ReplicaFacts:
     video_id: str | None
     device: str | None
     ranks: int
+    rank_ages_s: tuple[float, ...]  # since each of them was heard, and last the decoder; none of a single one
     pid: int | None
     restarts: int
     start_s: float | None  # that loading and warming up took
@@ -147,9 +148,18 @@ class Replica:
 
     @property
     def is_well(self) -> bool:
-        """Whether it is loaded and was heard lately."""
-        age_s = time.monotonic() - self._heard_at
-        return self._is_ready and age_s < self._config.timings.heartbeat_timeout_s
+        """Whether it is loaded and was heard lately, each of its ranks too."""
+        age_s, longest_s = time.monotonic() - self._heard_at, self._config.timings.heartbeat_timeout_s
+        ages_s = () if self._seen.is_held else self._seen.rank_ages_s  # who is held asks nobody
+        are_there = self._num_ranks == 1 or self._seen.is_held or len(ages_s) == self._num_ranks + 1
+        return self._is_ready and are_there and all(age + age_s < longest_s for age in (0.0, *ages_s))
+
+    @property
+    def _num_ranks(self) -> int:
+        """Of the default model's jobs; 1 where that is not known before they run."""
+        model = self._config.models[self._config.default_model]
+        ranks = (model.job.get("parallel") or {}).get("ranks", 1)
+        return ranks if isinstance(ranks, int) else 1
 
     @property
     def who(self) -> str:
@@ -211,15 +221,14 @@ class Replica:
         state: State = "busy" if self.video_id else "idle"
         if not self._is_ready:
             state = "lost" if self._process is None else "starting"
-        model = self._config.models[self._config.default_model]
-        ranks = (model.job.get("parallel") or {}).get("ranks", 1)
         return ReplicaFacts(
             index=self.index,
             state=state,
             beat_age_s=time.monotonic() - self._heard_at,
             video_id=self.video_id,
             device=self._device,
-            ranks=ranks if isinstance(ranks, int) else 1,
+            ranks=self._num_ranks,
+            rank_ages_s=tuple(age + time.monotonic() - self._heard_at for age in self._seen.rank_ages_s),
             pid=self._process.pid if self._process else None,
             restarts=max(0, self._num_starts - 1),
             start_s=self._start_s,
@@ -232,7 +241,7 @@ class Replica:
         now = time.monotonic()
         self._heard_at = now
         if isinstance(report, Beat):
-            if report.is_held or report != self._seen:
+            if report.is_held or replace(report, rank_ages_s=self._seen.rank_ages_s) != self._seen:
                 self._moved_at = now
             self._seen = report
             return

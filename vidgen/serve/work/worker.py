@@ -10,19 +10,28 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vidgen.config import JobConfig, parse_job
 from vidgen.denoise.loop import LoopState, run_tick
 from vidgen.engine import Engine
-from vidgen.execute import choose_device
-from vidgen.render import finish_early, is_disk_full, load_engine, render, resume
+from vidgen.execute import choose_device, executor
+from vidgen.parallel.cluster import connected, wanted_address
+from vidgen.parallel.steps import Hooks
+from vidgen.render import finish_early, load_engine, render, resume
+from vidgen.run import is_disk_full
 from vidgen.serve.config import ServerConfig, merged
 from vidgen.serve.work.attempt import Attempt
 from vidgen.serve.work.messages import Beat, Ended, Order, Report, Run
+
+if TYPE_CHECKING:
+    from vidgen.parallel.standing import Gangs
 
 LOG = logging.getLogger(__name__)
 DECIDE_ENGINE = {"model", "dtype", "loras", "tile", "offload", "text_cache", "compile"}
@@ -66,6 +75,8 @@ class Worker:
         self._attempt: Attempt | None = None
         self.device = choose_device("auto")
         self._threads = torch.get_num_threads()  # this worker's share
+        self._gangs: Gangs | None = None  # where jobs run on ranks
+        self._cluster = ExitStack()
 
     def warm_up(self) -> None:
         """Load every model and run it once, at the sizes of its default job."""
@@ -75,9 +86,35 @@ class Worker:
                 values["prompt"] = WARM_UP_PROMPT
             job = parse_job(values, "warm-up")
             engine = self._engines.keep(job)
-            if job.parallel.ranks == 1:
-                with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings(action="ignore"):
+                if job.parallel.ranks == 1:
                     run_once(engine, job)
+                else:
+                    self._warm_ranks(engine, job)
+
+    def _warm_ranks(self, engine: Engine, job: JobConfig) -> None:
+        """Join the cluster, which is kept from now on, and have ranks read their layers."""
+        from vidgen.parallel.standing import Gangs
+
+        if self._gangs is None:
+            address = wanted_address(job.parallel.address)
+            ranks = None if job.parallel.ranks == "auto" else job.parallel.ranks
+            self._cluster.enter_context(connected(address, ranks))
+            self._gangs = Gangs(keeps=True)
+        start_ranks(engine, job, self._gangs)
+
+    def tend(self) -> None:
+        """While there is nothing to do: see that the ranks are there, and start others if not."""
+        if self._gangs is None:
+            return
+        from vidgen.parallel.gang import GangFailed
+
+        try:
+            self._gangs.ping()
+            if not self._gangs.is_kept:
+                self.warm_up()
+        except (GangFailed, RuntimeError) as error:
+            LOG.warning("ranks are lost: %s", error)
 
     def begin(self, run: Run) -> None:
         """Take an order in, so that others about it have somewhere to go."""
@@ -91,7 +128,8 @@ class Worker:
 
     def beat(self) -> Beat:
         attempt = self._attempt
-        return attempt.beat() if attempt else Beat(video_id=None, num_forwards=0, is_held=False)
+        beat = attempt.beat() if attempt else Beat(video_id=None, num_forwards=0, is_held=False)
+        return replace(beat, rank_ages_s=self._gangs.ages_s()) if self._gangs is not None else beat
 
     def work(self) -> None:
         """Carry out the order that was taken in, and say how it ended."""
@@ -116,7 +154,7 @@ class Worker:
         engine = self._engines.of(job)
         if job.threads is None and not engine.family.recommended.threads:
             job = job.model_copy(update={"threads": self._threads})
-        live = attempt.live(engine)
+        live = replace(attempt.live(engine), gangs=self._gangs)
         is_begun = (folder / "job.yaml").exists()
         if is_begun:
             attempt.tell_committed()
@@ -181,6 +219,18 @@ def run_once(engine: Engine, job: JobConfig) -> None:
     list(run_tick(plan.task, LoopState()))
     shape = (*plan.latents_shape[:2], plan.task.timetable.block(0).num_frames, *plan.latents_shape[3:])
     engine.decoder()(torch.zeros(shape, device=choose_device(job.device)))
+
+
+def start_ranks(engine: Engine, job: JobConfig, gangs: "Gangs") -> None:
+    """Ranks that wait for such jobs, their weights read. RuntimeError when they cannot be had."""
+    plan = engine.plan(job)
+    hooks = Hooks(
+        load_state=LoopState, latents_before=lambda block: None, committed_blocks=lambda: 0,
+        should_stop=lambda: True, note=LOG.warning, placed=lambda places: None,
+    )  # fmt: skip
+    with TemporaryDirectory() as folder, executor(engine, plan, Path(folder), gangs) as ticks:
+        for _ in ticks.steps(hooks):
+            pass
 
 
 def free_memory() -> None:

@@ -1,0 +1,288 @@
+"""A profile of this machine for the planner: its rates, measured with the parts that a render is made of.
+
+Work on a CPU is timed by the CPU time of its thread, where there is one: others at work on the machine then
+count for little. How much ranks slow each other down is measured apart.
+"""
+
+import datetime
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vidgen.bench.machine import machine_facts
+from vidgen.bench.rendering import PROMPT
+from vidgen.bench.two_ranks import link_rates, measured_busy, process_bytes
+from vidgen.config import parse_job
+from vidgen.denoise.loop import make_window, take_step
+from vidgen.engine import Engine
+from vidgen.journal import Journal
+from vidgen.kernels.attention.api import attention
+from vidgen.limits import available_memory_bytes
+from vidgen.media.sink import open_sink
+from vidgen.model.context import Context
+from vidgen.model.dit import Conditioning, DiT
+from vidgen.parallel.hardware import Hardware, LinkRate, Rate
+from vidgen.parallel.place import strip
+from vidgen.parallel.topology import Stage
+from vidgen.parallel.work import attention_flops, end_flops, first_channels, linear_flops, out_channels
+from vidgen.planning import Plan
+from vidgen.sections import MAX_RANKS
+
+# B batch, F latent frames, S tokens per frame, D width, N text tokens, H heads
+
+READINGS = 7
+ENOUGH_S = 1.5  # no larger work is tried after a reading that took so long
+FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PARTS = (4, 2)  # of one frame's tokens, for ranks that share them
+
+
+class Clock:
+    """Times work on a device: the least of several readings."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        self.device = device
+        self._now = time.thread_time if device == "cpu" and threads == 1 else time.perf_counter
+
+    def seconds(self, action: Callable[[], object], readings: int = READINGS) -> float:
+        """Of one call, after one that warms up. Work that takes long is read less often."""
+        first = self._once(action)
+        readings = readings if first < ENOUGH_S / readings else 2
+        return min(self._once(action) for _ in range(readings))
+
+    def _once(self, action: Callable[[], object]) -> float:
+        start = self._now()
+        action()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return self._now() - start
+
+
+@torch.inference_mode()
+def calibrate(model: str = "builtin", device: str | None = None) -> Hardware:
+    """The profile of this machine for a model; it fits models of other sizes less well."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine.from_pretrained(model, with_dit=False)
+    plan = engine.plan(parse_job({"model": model, "prompt": PROMPT, "queue": {"timetable": "full"}}))
+    threads, before = plan.job.threads or 1, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _measured(engine, plan, Clock(device, threads), threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardware:
+    device, cores = clock.device, os.cpu_count() or 1
+    config = engine.config
+    layers, run_s = _layers(plan, clock)
+    decode, write = _decode(engine, plan, clock), _write(plan)
+    shared, gloo = link_rates()
+    facts = machine_facts()
+    return Hardware(
+        name=facts["gpu"] if device == "cuda" else f"{cores} cores of {facts['cpu']}",
+        source=f"vidgen bench calibrate of {plan.job.model}, torch {torch.__version__}, {threads} threads a "
+        f"rank, {datetime.date.today()}; between_nodes is gloo on this node",
+        measured=True,
+        memory_bytes=torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory_bytes(),
+        shares_memory=device == "cpu",
+        ranks_per_node=torch.cuda.device_count() if device == "cuda" else MAX_RANKS,
+        process_bytes=process_bytes(),
+        layers={config.dtype: layers},
+        attention={config.dtype: _attention(plan, clock)},
+        ends=_ends(plan, clock),
+        solver=_solver(plan, clock),
+        item_s=run_s + shared.latency_s,
+        link=gloo if device == "cuda" else shared,
+        exchange=gloo,
+        between_nodes=LinkRate(gloo.latency_s, gloo.bytes_per_s),
+        decode=decode,
+        decode_alone=decode,
+        write=write,
+        busy=() if device == "cuda" else measured_busy(cores),
+    )
+
+
+def rate(points: Sequence[tuple[float, float]]) -> Rate:
+    """From (size, seconds): where more work took less time, it takes as long as the lesser."""
+    sizes, seconds = [], []
+    for size, taken in sorted(points):
+        if sizes and size <= sizes[-1]:
+            continue
+        sizes.append(size)
+        seconds.append(max(taken, 1e-9, seconds[-1] * (1 + 1e-6) if seconds else 0))
+    return Rate(tuple(sizes), tuple(seconds))
+
+
+def _layers(plan: Plan, clock: Clock) -> tuple[Rate, float]:
+    """(layers without self-attention by FLOPs, what a run of the model takes beside its layers)."""
+    config, tokens = plan.task.model.config, _tokens_per_frame(plan)
+    one, four = (_random(config, count, clock.device) for count in (1, 4))
+    points, overheads = [], []
+    grids = [(1, max(1, tokens // part)) for part in PARTS] + [(frames, tokens) for frames in FRAMES]
+    text = _text(plan, config.width, one)
+
+    def run(model: DiT, frames: int, per_frame: int) -> Callable[[], object]:
+        x_BFSD = torch.randn(1, frames, per_frame, config.width, device=clock.device, dtype=model.dtype)
+        noise = torch.randn(1, frames, config.width, device=clock.device, dtype=model.dtype)
+        shared = Conditioning(noise, noise.unsqueeze(2).expand(-1, -1, 6, -1).contiguous(), text)
+        attends = [lambda query, key, value: query] * len(model.layers)
+        grid = frames, per_frame, 1
+        return lambda: model.run_layers(x_BFSD, shared, grid, Context(), attends, lends=False)
+
+    for frames, per_frame in grids:
+        of_one = clock.seconds(run(one, frames, per_frame))
+        of_four = clock.seconds(run(four, frames, per_frame))
+        layer_s = max(1e-9, (of_four - of_one) / 3)
+        points.append((linear_flops(config, frames * per_frame, text.shape[1]), layer_s))
+        overheads.append(max(0.0, of_one - layer_s))
+        if of_four > ENOUGH_S:
+            break
+    return rate(points), float(np.median(overheads))
+
+
+def _attention(plan: Plan, clock: Clock) -> Rate:
+    """Self-attention by FLOPs."""
+    config, tokens = plan.task.model.config, _tokens_per_frame(plan)
+    head_width, dtype, points = config.width // config.num_heads, plan.task.model.dtype, []
+    for length in [max(1, tokens // part) for part in PARTS] + [frames * tokens for frames in FRAMES]:
+        shape = 1, length, config.num_heads, head_width
+        query, key, value = (torch.randn(shape, device=clock.device, dtype=dtype) for _ in range(3))
+        taken = clock.seconds(lambda q=query, k=key, v=value: attention(q, k, v))
+        points.append((attention_flops(config.width, length, length), taken))
+        if taken > ENOUGH_S:
+            break
+    return rate(points)
+
+
+def _ends(plan: Plan, clock: Clock) -> Rate:
+    """Embedding and projection by FLOPs, the mean of both."""
+    config, tokens = plan.task.model.config, _tokens_per_frame(plan)
+    model, points = _random(config, 1, clock.device), []
+    for frames in FRAMES:
+        latents = _latents(plan, frames, clock.device)
+        if config.condition_channels:
+            more = latents.new_zeros(1, config.condition_channels, *latents.shape[2:])
+            latents = torch.cat([latents, more], dim=1)
+        noise = torch.randn(1, frames, config.width, device=clock.device, dtype=model.dtype)
+        x_BFSD, grid = model.embed(latents), model.token_grid(latents.shape)
+        embed_s = clock.seconds(lambda z=latents: model.embed(z))
+        project_s = clock.seconds(lambda x=x_BFSD, n=noise, g=grid: model.project(x, n, g))
+        channels = (first_channels(config) + out_channels(config)) / 2
+        points.append((end_flops(config, frames * tokens, channels), (embed_s + project_s) / 2))
+        if embed_s + project_s > ENOUGH_S:
+            break
+    return rate(points)
+
+
+def _solver(plan: Plan, clock: Clock) -> Rate:
+    """A forward's window, velocities and step, by elements of its latents."""
+    task, points = plan.task, []
+    model = _random(task.model.config, 1, clock.device)
+    for frames in FRAMES[:7]:
+        timetable = replace(task.timetable, num_frames=frames, block_frames=frames)
+        own_task = replace(
+            task, model=model, second_model=None, timetable=replace(timetable, switch_step=None)
+        )
+        forward = timetable.forwards(0)[0]
+        latents = _latents(plan, frames, clock.device)
+        own = replace(task.new_block(timetable.block(0)), latents_BCFYX=latents)
+        window = make_window(own_task, {0: own}, forward, own)
+        rows, columns = model.token_grid(latents.shape)[1:]
+        out = torch.randn(frames, model.out_channels, rows, columns, device=clock.device, dtype=model.dtype)
+
+        def step(own=own, window=window, forward=forward, out=out, task=own_task) -> None:
+            make_window(task, {0: own}, forward, own)
+            branches = range(task.branches_at(0))
+            velocities = [model.velocity(out, *window.own_frames().repeated(1)) for _ in branches]
+            take_step(task, forward, own, velocities)
+
+        points.append((latents.numel(), clock.seconds(step)))
+    return rate(points)
+
+
+def _decode(engine: Engine, plan: Plan, clock: Clock) -> Rate:
+    """Decoding a block, by pixels of a frame times frames; on the CPU, where ranks have their decoder."""
+    decode, points = engine.decoder(), []
+    for frames in FRAMES[:7]:
+        latents = _latents(plan, frames, "cpu")
+        taken = clock.seconds(lambda z=latents: decode(z), readings=3)
+        points.append((frames * _pixels_per_frame(plan), taken))
+        if taken > ENOUGH_S:
+            break
+    return rate(points)
+
+
+def _write(plan: Plan) -> Rate:
+    """Making a block durable: latents, a segment of video, the journal's row. By the clock on the wall."""
+    job, points = plan.job, []
+    assert job.height and job.width and job.fps
+    pictures = _moving_pictures(64, job.height, job.width)
+    with tempfile.TemporaryDirectory() as place:
+        with Journal(Path(place) / "job", create=job) as journal:
+            sink = open_sink(
+                Path(place) / "x.mp4", journal.folder, job.width, job.height, Fraction(job.fps), {}
+            )
+            block = first = 0
+            for frames in (1, 2, 4, 8, 16):
+                length = frames * plan.sizes.temporal_stride
+                latents, readings = _latents(plan, frames, "cpu"), []
+                for _ in range(3):
+                    start = time.perf_counter()
+                    digest = journal.save_latents(block, latents)
+                    record = sink.write(pictures[:length], first_frame=first, block=block)
+                    journal.commit(record, digest)
+                    readings.append(time.perf_counter() - start)
+                    block, first = block + 1, first + length
+                points.append((frames * _pixels_per_frame(plan), min(readings)))
+    return rate(points)
+
+
+def _moving_pictures(count: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Frames of a wave that moves: about as busy as what models make."""
+    frame, row, column = np.ogrid[:count, :height, :width]
+    waves = [np.sin((row * (1 + c) + column + 2 * frame) / 7) for c in range(3)]
+    return (127.5 * (1 + np.stack(waves, axis=-1))).astype(np.uint8)
+
+
+def _random(config: Any, num_layers: int, device: str) -> DiT:
+    """The model with so many layers of random weights."""
+    model = strip(replace(config, num_layers=num_layers), Stage(0, 1, range(num_layers))).to_empty(
+        device=device
+    )
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, device=device) * 0.02)
+    return model.eval().requires_grad_(False)
+
+
+def _text(plan: Plan, width: int, model: DiT) -> Tensor:
+    text = plan.task.texts(plan.task.timetable.block(0))[0]
+    num_tokens = text.shape[1] + model.config.image_tokens
+    return torch.randn(1, num_tokens, width, device=model.device, dtype=model.dtype)
+
+
+def _latents(plan: Plan, frames: int, device: str) -> Tensor:
+    _, channels, _, rows, columns = plan.latents_shape
+    return torch.randn(1, channels, frames, rows, columns, device=device)
+
+
+def _tokens_per_frame(plan: Plan) -> int:
+    _, rows, columns = plan.task.model.token_grid(plan.latents_shape)
+    return rows * columns
+
+
+def _pixels_per_frame(plan: Plan) -> int:
+    """Pixels that a latent frame stands for."""
+    assert plan.job.height and plan.job.width
+    return plan.sizes.temporal_stride * math.prod((plan.job.height, plan.job.width))

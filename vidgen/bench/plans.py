@@ -1,0 +1,177 @@
+"""The planner held against renders: predicted and measured seconds of many plans of the built-in model.
+
+Every render runs in processes of its own. Seconds count from the first run of the model until the last block
+is durable, as the planner counts them; starting ranks is not in them. Plans take turns, so that a busy minute
+hits all alike.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vidgen.bench.rendering import PROMPT
+from vidgen.parallel.hardware import Hardware
+
+TIMEOUT_S = 1800
+ALLOWED = (0.85, 1.15)  # predicted over measured
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanCase:
+    """A render: the settings of a job that are its plan."""
+
+    ranks: int
+    queue: dict[str, Any]
+    lanes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Such as `2 ranks, guidance 2`."""
+        shared = [f"{axis} {size}" for axis, size in self.lanes.items()]
+        return ", ".join([f"{self.ranks} rank{'s' if self.ranks > 1 else ''}", *shared])
+
+
+QUEUE = {"timetable": "dualparal", "block_frames": 4, "context_frames": 2, "context_mode": "recompute"}
+CACHE = {**QUEUE, "context_mode": "cache"}
+WIDE = {**QUEUE, "block_frames": 8}
+FULL = {"timetable": "full"}
+STAGES_ONLY = (
+    PlanCase(ranks=1, queue=QUEUE),
+    PlanCase(ranks=1, queue=CACHE),
+    PlanCase(ranks=1, queue=FULL),
+    PlanCase(ranks=2, queue=QUEUE),
+    PlanCase(ranks=2, queue=CACHE),
+    PlanCase(ranks=2, queue=WIDE),
+    PlanCase(ranks=2, queue=FULL),
+    PlanCase(ranks=2, queue={**CACHE, "stride": 2}),
+    PlanCase(ranks=3, queue=QUEUE),
+)
+LANES = (
+    PlanCase(ranks=2, queue=FULL, lanes={"ulysses": 2}),
+    PlanCase(ranks=2, queue=FULL, lanes={"ring": 2}),
+    PlanCase(ranks=2, queue=FULL, lanes={"guidance": 2}),
+    PlanCase(ranks=2, queue=CACHE, lanes={"guidance": 2}),
+    PlanCase(ranks=2, queue={**QUEUE, "timetable": "lockstep"}, lanes={"clip": 2}),
+)
+
+
+def bench_plans(
+    hardware: Hardware, num_frames: int, cases: Sequence[PlanCase], repeats: int = 1, num_steps: int = 20
+) -> list[dict[str, Any]]:
+    """A row per plan: seconds and time to the first frame, predicted and measured (medians), and ratios."""
+    readings: list[list[dict[str, float]]] = [[] for _ in cases]
+    for _ in range(repeats):
+        for case, found in zip(cases, readings, strict=True):
+            found.append(_in_own_process(case, num_frames, num_steps))
+    rows = []
+    for case, found in zip(cases, readings, strict=True):
+        predicted = predict(hardware, case, num_frames, num_steps)
+        seconds = statistics.median(reading["seconds"] for reading in found)
+        rows.append(
+            {
+                "video": predicted["video"],
+                "plan": case.name,
+                "predicted s": round(predicted["seconds"], 3),
+                "measured s": round(seconds, 3),
+                "ratio": round(predicted["seconds"] / seconds, 3),
+                "first frame, predicted": round(predicted["first_frame_s"], 3),
+                "first frame, measured": round(statistics.median(r["first_frame_s"] for r in found), 3),
+                "MiB a rank, predicted": round(predicted["memory_bytes"] / 2**20),
+                "MiB a rank, measured": round(max(r["memory_bytes"] for r in found) / 2**20),
+            }
+        )
+    return rows
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Whether predictions hold, and how much slower the plan that they choose is than the best measured."""
+    within = [row for row in rows if ALLOWED[0] <= row["ratio"] <= ALLOWED[1]]
+    choice = min(rows, key=lambda row: row["predicted s"])
+    quickest = min(rows, key=lambda row: row["measured s"])
+    return {
+        "within": f"{len(within)} of {len(rows)} within {ALLOWED[0]} to {ALLOWED[1]}",
+        "choice": f"{choice['video']}, {choice['plan']}",
+        "choice over best": round(choice["measured s"] / quickest["measured s"], 3),
+    }
+
+
+def predict(hardware: Hardware, case: PlanCase, num_frames: int, num_steps: int) -> dict[str, Any]:
+    """What the planner says of a case."""
+    from vidgen.choosing import film_of, own_scheme
+    from vidgen.config import parse_job
+    from vidgen.engine import Engine
+    from vidgen.parallel.plan import examine
+    from vidgen.parallel.topology import Lanes
+    from vidgen.planning import resolve_job
+
+    engine = Engine.from_pretrained("builtin", with_dit=False)
+    asked = {"num_frames": num_frames, "num_inference_steps": num_steps, "queue": case.queue}
+    job = resolve_job(engine.family, parse_job({"prompt": PROMPT, **asked}), engine.sparsity)
+    lanes = Lanes(**case.lanes)
+    scheme = own_scheme(engine.family, job)
+    plan = examine(film_of(engine.family, job), hardware, scheme, lanes, case.ranks // lanes.num_lanes)
+    if plan.does_not_fit is not None:
+        raise ValueError(f"{case.name}: {plan.does_not_fit}")
+    return {
+        "video": scheme.label,
+        "seconds": plan.seconds,
+        "first_frame_s": plan.first_frame_s,
+        "memory_bytes": plan.memory_bytes,
+    }
+
+
+def render_once(case: PlanCase, num_frames: int, num_steps: int, folder: Path) -> dict[str, float]:
+    """One render, and what it took from the first run of the model to the last block on the disk."""
+    from vidgen.config import parse_job
+    from vidgen.live import Live
+    from vidgen.parallel.rank import peak_memory_bytes
+    from vidgen.render import render
+
+    began: list[float] = []
+    committed: list[float] = []
+
+    def check() -> None:
+        if not began:
+            began.append(time.time())
+
+    live = Live(check=check, committed=lambda block: committed.append(time.time()))
+    asked = {"prompt": PROMPT, "num_frames": num_frames, "num_inference_steps": num_steps}
+    parallel = {"ranks": case.ranks, "trace": False, **case.lanes}
+    output = {"path": folder / "bench.mp4", "sheet": False}
+    job = parse_job({**asked, "queue": case.queue, "parallel": parallel, "output": output})
+    done = render(job, live=live)
+    start, memory = began[0], peak_memory_bytes()
+    if done.evidence is not None and "attempts" in done.evidence:
+        (attempt,) = done.evidence["attempts"]
+        start = min(rank["began_s"] for rank in attempt["ranks"])
+        memory = max(rank["peak_memory_bytes"] for rank in attempt["ranks"])
+    return {
+        "seconds": committed[-1] - start,
+        "first_frame_s": committed[0] - start,
+        "memory_bytes": memory,
+    }
+
+
+def _in_own_process(case: PlanCase, num_frames: int, num_steps: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        said = {"ranks": case.ranks, "queue": case.queue, "lanes": case.lanes}
+        command = [sys.executable, "-m", "vidgen.bench.plans", json.dumps(said), str(num_frames)]
+        done = subprocess.run(
+            [*command, str(num_steps), folder], capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"a render of the bench failed ({case.name}): {done.stderr.strip()[-500:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    what, frames, steps, place = sys.argv[1:]
+    found = render_once(PlanCase(**json.loads(what)), int(frames), int(steps), Path(place))
+    sys.stdout.write(json.dumps(found) + "\n")

@@ -1,0 +1,209 @@
+"""`vidgen measure`: how good a model is, and what can be said of a video."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vidgen.cli_exit import OK, write_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vidgen.builtin import SmallModel
+    from vidgen.media.source import VideoSource
+    from vidgen.types import Recommended
+
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout")]
+Model = Annotated[str, typer.Option("--model", metavar="NAME|FILE", help="what to measure")]
+Prompts = Annotated[int, typer.Option("--prompts", min=1, metavar="N", help="a video each")]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="of the first video")]
+Keep = Annotated[
+    Path | None,
+    typer.Option("--keep", metavar="FILE", help="keep each video's results here; goes on if there are some"),
+]
+Steps = Annotated[
+    int | None, typer.Option("--num-inference-steps", min=1, metavar="N", help="instead of the model's own")
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context-frames", min=0, metavar="N", help="latent frames; not the model's own"),
+]
+FRAMES_AT_ONCE = 16
+measure = typer.Typer(help="Measure how good a model is, or a video.")
+
+
+@measure.command()
+def adherence(
+    model: Model = "builtin",
+    prompts: Prompts = 60,
+    seed: Seed = 0,
+    steps: Steps = None,
+    as_json: Json = False,
+) -> int:
+    """Say how often a model's videos show what their prompts ask for."""
+    from vidgen.measure.report import measure_adherence
+
+    small = _small(model)
+    settings = _settings(small, num_inference_steps=steps)
+    return _tell(measure_adherence(small, num_prompts=prompts, seed=seed, settings=settings), as_json)
+
+
+@measure.command()
+def long(
+    model: Model = "builtin",
+    prompts: Prompts = 8,
+    num_frames: Annotated[int, typer.Option("--num-frames", min=64, metavar="N", help="of a video")] = 257,
+    seed: Seed = 0,
+    steps: Steps = None,
+    context: Context = None,
+    keep: Keep = None,
+    as_json: Json = False,
+) -> int:
+    """Say how often stretches of long videos show what was asked for, and whether they drift."""
+    from vidgen.measure.report import measure_long
+
+    small = _small(model)
+    settings = _settings(small, num_inference_steps=steps, context_frames=context)
+    found = measure_long(
+        small, num_prompts=prompts, num_frames=num_frames, seed=seed, settings=settings, keep=keep
+    )
+    return _tell(found, as_json)
+
+
+@measure.command()
+def switch(
+    model: Model = "builtin",
+    prompts: Prompts = 16,
+    blocks: Annotated[int, typer.Option("--blocks", min=2, metavar="N", help="of each prompt")] = 6,
+    timetable: Annotated[
+        str, typer.Option("--timetable", metavar="NAME", help="dualparal, autoregressive or buffer")
+    ] = "dualparal",
+    stride: Annotated[
+        int, typer.Option("--stride", min=1, metavar="N", help="ticks from block to block")
+    ] = 1,
+    transition: Annotated[
+        int, typer.Option("--transition-blocks", min=0, metavar="N", help="that blend both prompts")
+    ] = 0,
+    seed: Seed = 0,
+    steps: Steps = None,
+    context: Context = None,
+    keep: Keep = None,
+    as_json: Json = False,
+) -> int:
+    """Say how soon another prompt shows when it changes mid-way, and what becomes of the one before."""
+    from vidgen.measure.generate import Queue
+    from vidgen.measure.switch import measure_switch
+
+    small = _small(model)
+    found = measure_switch(
+        small,
+        num_prompts=prompts,
+        seed=seed,
+        blocks_each=blocks,
+        settings=_settings(small, num_inference_steps=steps, context_frames=context),
+        queue=Queue(timetable=timetable, stride=stride, transition_blocks=transition),
+        keep=keep,
+    )
+    return _tell(found, as_json)
+
+
+@measure.command()
+def video(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a video file")],
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="FILE", help="another one, to say how near they are")
+    ] = None,
+    block_frames: Annotated[
+        int | None,
+        typer.Option("--block-frames", min=1, metavar="N", help="pixel frames from border to border"),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", metavar="TEXT", help="of the built-in model's world; judged by it"),
+    ] = None,
+    with_lpips: Annotated[
+        bool, typer.Option("--lpips", help="LPIPS too, where its package is installed")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Say what can be measured of a video: alone, and against another of the same size and length."""
+    from vidgen.measure.summary import measure_video
+    from vidgen.world import parse_caption
+
+    if with_lpips and against is None:
+        raise ValueError("--lpips: compares two videos; give the other with --against FILE")
+    scene = parse_caption(prompt) if prompt is not None else None
+    with ExitStack() as opened:
+        sources = [_open(path, opened) for path in (file, against) if path is not None]
+        shapes = [(source.num_frames, source.height, source.width) for source in sources]
+        if shapes[0] != shapes[-1]:
+            raise ValueError(
+                f"--against {against}: has (frames, height, width) {shapes[-1]}, {file} has {shapes[0]}; "
+                "give videos of the same size and length"
+            )
+        if scene is not None and shapes[0][1] != shapes[0][2]:
+            raise ValueError(
+                f"--prompt: judges square frames only, and {file} has {shapes[0][1:]}; leave it out"
+            )
+        found = measure_video(
+            *map(_parts, sources), block_frames=block_frames, scene=scene, with_lpips=with_lpips
+        )
+    return _tell(_plain(found), as_json)
+
+
+def _open(path: Path, opened: ExitStack) -> "VideoSource":
+    """ValueError in one line when the file is no video."""
+    from vidgen.media.source import VideoSource
+
+    try:
+        return opened.enter_context(VideoSource(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a video ({error}); give another file") from error
+
+
+def _parts(source: "VideoSource") -> "Iterator[Tensor]":
+    """The video [3, F, H, W] in [-1, 1], some frames at a time."""
+    import torch
+
+    for start in range(0, source.num_frames, FRAMES_AT_ONCE):
+        pictures = source.frames(range(start, min(start + FRAMES_AT_ONCE, source.num_frames)))
+        yield torch.from_numpy(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def _plain(found: dict[str, Any]) -> dict[str, Any]:
+    """Figures as JSON knows them: rounded, and words for those that are no numbers."""
+    return {
+        name: (round(value, 5) if math.isfinite(value) else str(value)) if isinstance(value, float) else value
+        for name, value in found.items()
+    }
+
+
+def _small(model: str) -> "SmallModel":
+    """The model of that name or file. ValueError when it is of another family than the built-in one."""
+    from vidgen.builtin import BUILTIN_PATH, load_small
+
+    path = BUILTIN_PATH if model == "builtin" else Path(model)
+    if not path.is_file():
+        raise ValueError(f"model={model}: only models of the built-in one's family are measured; give a file")
+    return load_small(path)
+
+
+def _settings(model: "SmallModel", **instead: int | None) -> "Recommended":
+    """The model's own settings but for those that are given."""
+    given: dict[str, Any] = {name: value for name, value in instead.items() if value is not None}
+    return replace(model.recommended, **given)
+
+
+def _tell(found: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        write_line("stdout", json.dumps(found, indent=2))
+    else:
+        for name, value in found.items():
+            write_line("stdout", f"{name}  {value}")
+    return OK

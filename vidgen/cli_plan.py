@@ -1,0 +1,146 @@
+"""`vidgen plan`: every way to render a video on some ranks, and which one to take."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vidgen.cli_exit import OK, write_line
+from vidgen.cli_flags import build_job, parse_size, takes_job_flags
+
+if TYPE_CHECKING:
+    from vidgen.parallel.plan import Planned
+    from vidgen.parallel.reasons import Reason
+
+GIB = 2**30
+
+
+@takes_job_flags
+def plan(
+    *,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="832x480 or 832*480")] = None,
+    hardware: Annotated[
+        str, typer.Option("--hardware", metavar="h200|h100|4090|cpu|FILE", help="a profile, or one's file")
+    ] = "cpu",
+    top: Annotated[int, typer.Option("--top", metavar="K", help="plans to show", min=1)] = 12,
+    lossy: Annotated[bool, typer.Option("--lossy", help="also approximations, such as pipefusion")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object with every plan")] = False,
+    **flags: Any,
+) -> int:
+    """Compare every way to render a video on --ranks ranks: time, memory, messages; and choose one.
+
+    With --timetable only plans of that video are compared. Nothing is rendered and no weights are read.
+    """
+    from vidgen.choosing import plans_of
+    from vidgen.engine import Engine
+    from vidgen.parallel.hardware import load_hardware
+    from vidgen.parallel.plan import best
+    from vidgen.parallel.reasons import reasons
+    from vidgen.planning import resolve_job
+
+    asked = {**flags, "prompt": flags.get("prompt") or "any"}
+    job = build_job(asked, config=None, segments=None, size=parse_size(size) if size is not None else {})
+    if job.parallel.ranks == "auto":
+        raise ValueError("--ranks auto: a plan is for a number of ranks; give one, such as --ranks 8")
+    machine = load_hardware(hardware)
+    engine = Engine.from_pretrained(job.model, dtype=job.dtype, with_dit=False)
+    resolved = resolve_job(engine.family, job, engine.sparsity)
+    is_any = job.queue.timetable is None
+    found = plans_of(engine.family, resolved, machine, job.parallel.ranks, any_scheme=is_any, lossy=lossy)
+    choice = best(found)
+    why = reasons(found, choice)
+    shown = {
+        "model": job.model,
+        "size": f"{resolved.width}x{resolved.height}",
+        "num_frames": resolved.num_frames,
+        "num_inference_steps": resolved.num_inference_steps,
+        "dtype": resolved.dtype,
+        "ranks": job.parallel.ranks,
+        "hardware": machine.name,
+    }
+    if as_json:
+        write_line("stdout", json.dumps(_as_data(shown, found, choice, why), indent=2))
+        return OK
+    write_line("stdout", ", ".join(f"{name} {value}" for name, value in shown.items()))
+    for line in _lines(found, choice, why, top):
+        write_line("stdout", line)
+    if not machine.measured:
+        write_line("stdout", f"rates of {machine.name}: {machine.source}")
+    return OK
+
+
+def row(plan: "Planned") -> dict[str, Any]:
+    """A plan as a row of the table: text, ready to be read."""
+    lanes = " x ".join(f"{axis} {size}" for axis, size in plan.axes.items() if size > 1)
+    return {
+        "video": plan.scheme.label + (" (lossy)" if plan.scheme.is_lossy else ""),
+        "ranks": lanes or "one process",
+        "time": _time(plan.seconds),
+        "first frame": _time(plan.first_frame_s),
+        "GiB a rank": f"{plan.memory_bytes / GIB:.1f}",
+        "use": f"{plan.utilisation:.0%}",
+        "sent GiB": f"{plan.sent_bytes / GIB:.2f}",
+    }
+
+
+def _lines(found: "list[Planned]", choice: "Planned", why: "list[Reason]", top: int) -> list[str]:
+    from vidgen.bench.machine import table
+
+    fitting = [plan for plan in found if plan.fits]
+    lines = [table([row(plan) for plan in fitting[:top]])]
+    hidden, unfit = len(fitting) - top, len(found) - len(fitting)
+    if hidden > 0:
+        lines.append(f"... and {hidden} slower plans (--top)")
+    if unfit:
+        lines.append(f"{unfit} plans do not fit")
+    settings = " ".join(
+        f"{section}.{name}={value}"
+        for section, values in choice.job_settings().items()
+        for name, value in values.items()
+    )
+    lines.append(f"choice: {choice.scheme.label} by {choice.kind}: {settings}")
+    lines.append("rows with the same `video` give the same frames; the others did not win because:")
+    return lines + [f"  {reason.name}: {reason.text}" for reason in why]
+
+
+def _as_data(
+    shown: dict[str, Any], found: "list[Planned]", choice: "Planned", why: "list[Reason]"
+) -> dict[str, Any]:
+    return {
+        **shown,
+        "plans": [_plan_as_data(plan) for plan in found],
+        "choice": _plan_as_data(choice),
+        "why_not": {reason.name: reason.text for reason in why},
+    }
+
+
+def _plan_as_data(plan: "Planned") -> dict[str, Any]:
+    figures = {
+        "seconds": plan.seconds,
+        "first_frame_s": plan.first_frame_s,
+        "utilisation": plan.utilisation,
+        "waiting_share": plan.waiting_share,
+        "sent_bytes": plan.sent_bytes,
+        "flops": plan.flops,
+    }
+    return {
+        "video": plan.scheme.label,
+        "lossy": plan.scheme.is_lossy,
+        "axes": plan.axes,
+        "layers_per_stage": list(plan.topology.layers_per_stage),
+        "fits": plan.fits,
+        "does_not_fit": plan.does_not_fit,
+        "memory_bytes": plan.memory_bytes,
+        **{name: value if plan.fits else None for name, value in figures.items()},
+        "settings": plan.job_settings(),
+    }
+
+
+def _time(seconds: float) -> str:
+    """1 h 02 min, 3 min 20 s, 4.52 s."""
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

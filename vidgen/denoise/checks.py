@@ -1,0 +1,48 @@
+"""What does not go together in a task: one line each, before anything runs."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vidgen.denoise.loop import Task
+
+
+def check_task(task: "Task") -> None:
+    """ValueError for parts that do not fit one another."""
+    timetable = task.timetable
+    if len(task.noise_levels) != timetable.num_steps + 1:
+        raise ValueError(
+            f"{len(task.noise_levels)} noise levels for {timetable.num_steps} steps: need one more "
+            "level than steps"
+        )
+    if (task.second_model is None) != (timetable.switch_step is None):
+        raise ValueError("a second model and the step from which it is used belong together")
+    if task.still is not None and timetable.stride < timetable.num_steps:
+        raise ValueError(
+            f"static_threshold={task.still.threshold:g}: needs the block before to be finished when a "
+            "block begins; take timetable=autoregressive, or leave static_threshold out"
+        )
+    if task.runs_per_forward < task.num_branches and task.branches_at(-1) < task.num_branches:
+        raise ValueError(
+            "guidance=stacked: residual_guidance=onetime runs a second branch at a block's first step "
+            "only, which makes no batch; leave guidance out"
+        )
+    _check_attention(task)
+
+
+def _check_attention(task: "Task") -> None:
+    timetable, clips = task.timetable, task.clips
+    dense_only = {
+        "buffer": timetable.joint,
+        "pipefusion": timetable.is_patched,
+        "lockstep": clips is not None,
+    }
+    for name, is_used in dense_only.items():
+        if is_used and task.sparsity is not None:
+            raise ValueError(f"timetable={name}: knows no sparse attention; leave sparsity out")
+    if clips is None:
+        return
+    assert timetable.num_blocks == 1 and timetable.num_frames == clips.num_frames, "one block of all frames"
+    if any(model.config.window is not None for model in task.models):
+        raise ValueError(
+            "timetable=lockstep: this model's attention has a window already; take another timetable"
+        )
