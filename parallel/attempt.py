@@ -119,7 +119,7 @@ class Attempt:
         self.items = 0
         # rows: back at, nanoseconds to take it, finished blocks, whether it ends a tick
         self._away = np.empty((4, 0), np.int64)
-        self._loads: dict[int, Load] = {}
+        self._loads: dict[tuple[int, int], Load] = {}
         last = self.timetable.block(self.timetable.num_blocks - 1).num_frames / self.timetable.block_frames
         self._decode_b = np.full(self.timetable.num_blocks, nanoseconds(self.work.decode_s))
         self._decode_b[-1] = nanoseconds(self.work.decode_s * last)

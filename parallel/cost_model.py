@@ -80,6 +80,9 @@ class CostModel:
         dit, tokens = film.dit, film.tokens_per_frame
         local = self.batch * self.lane_frames(item) * share(tokens, lanes.sequence)
         linear_s = hardware.layer_rate(dit.dtype).seconds_of(linear_flops(dit, local, film.text_tokens))
+        if item.context:  # their keys are turned, and joined to the own ones
+            joined = self.batch * (item.window + item.context) * share(tokens, lanes.sequence)
+            linear_s += hardware.joining.seconds_of(joined * dit.width)
         num_calls, queries, keys = self.calls(item)
         of_ring = share(tokens, lanes.ring)
         one_call = attention_flops(self._heads * dit.width, queries * of_ring, keys * of_ring)

@@ -74,6 +74,7 @@ class Hardware:
     process_bytes: int  # what a rank holds before anything of the model
     layers: Mapping[str, Rate]  # by dtype: a layer without its self-attention
     attention: Mapping[str, Rate]  # by dtype
+    joining: Rate  # of a layer, where it reads keys and values of other blocks: numbers of all its keys
     ends: Rate  # embedding or projection: FLOPs
     solver: Rate  # making a forward's window and taking its step: elements of its latents
     item_s: float  # of a rank's time for a forward, whatever its size: messages, books
@@ -245,6 +246,7 @@ _READERS: dict[str, Any] = {
     "process_bytes": lambda value: int(_number(value)),
     "layers": _by_dtype,
     "attention": _by_dtype,
+    "joining": _rate,
     "ends": _rate,
     "solver": _rate,
     "item_s": _number,

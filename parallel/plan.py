@@ -21,7 +21,7 @@ from vidgen.parallel.simulate import Item, Link, Run, Work, simulate
 from vidgen.parallel.topology import AXES, Lanes, Topology
 from vidgen.parallel.work import Film, attention_flops, linear_flops
 
-SETTLING = 4  # rounds until how busy ranks are and how much they slow each other agree
+SETTLING = 3  # rounds until how busy ranks are and how much they slow each other agree
 GIB = 2**30
 
 
@@ -37,6 +37,7 @@ class Planned:
     first_frame_s: float = float("inf")
     utilisation: float = 0.0  # share of the ranks' time in which they have work
     waiting_share: float = 0.0  # share of a rank's work that is waiting for other lanes
+    decoding_share: float = 0.0  # of the time, that the decoder is at work
     sent_bytes: int = 0  # by all ranks, of the whole render
     flops: float = 0.0  # of all layers on all ranks
 
@@ -142,6 +143,7 @@ def examine(film: Film, hardware: Hardware, scheme: Scheme, lanes: Lanes, num_st
         first_frame_s=run.first_frame_s,
         utilisation=run.utilisation,
         waiting_share=layer.exchange_s / layer.seconds,
+        decoding_share=scheme.timetable.num_blocks * _decode_s(model, scheme.timetable, 1) / run.makespan_s,
         sent_bytes=round(sent * lanes.num_lanes),
         flops=flops * film.dit.num_layers,
     )
@@ -156,7 +158,7 @@ def _run(model: CostModel, topology: Topology, timetable: Timetable, typical: It
         num_busy = sum(run.busy_s) * topology.lanes.num_lanes / run.makespan_s
         num_busy += _decode_s(model, timetable, 1) * timetable.num_blocks / run.makespan_s * (num_ranks > 1)
         settled = hardware.slowdown(num_busy)
-        if abs(settled - slow) < 0.01 * slow:
+        if abs(settled - slow) < 0.02 * slow:
             break
         slow = (slow + settled) / 2
     assert run is not None

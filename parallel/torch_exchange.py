@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vidgen.parallel.exchange import Exchange
 from vidgen.parallel.topology import AXES, Axis
-from vidgen.parallel.torch_links import BACK_TAG, FORWARD_TAG, _lost, _naming, _world
+from vidgen.parallel.torch_links import BACK_TAG, FORWARD_TAG, lost, naming, world
 from vidgen.parallel.transport import late
 
 FIRST_TAG = max(FORWARD_TAG, BACK_TAG) + 1
@@ -41,18 +41,18 @@ class GlooWire:
 
     def __init__(self, rank: int, ranks: Sequence[int], *, tag: int, timeout_s: float) -> None:
         self.rank, self.ranks, self.tag, self.timeout_s = rank, tuple(ranks), tag, timeout_s
-        self._group = _world()
+        self._group = world()
 
     def begin(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Callable[[], None]:
         # receives first: what comes for one that is posted need not be kept elsewhere
         posted: list[tuple[dist.Work, int, str]] = []
         for member, buffer in incoming.items():
             peer = self.ranks[member]
-            with _naming(self.rank, peer):
+            with naming(self.rank, peer):
                 posted.append((self._group.recv([buffer], peer, self.tag), peer, "sent nothing"))
         for member, buffer in outgoing.items():
             peer = self.ranks[member]
-            with _naming(self.rank, peer):
+            with naming(self.rank, peer):
                 posted.append((self._group.send([buffer], peer, self.tag), peer, "took no message"))
 
         def wait() -> None:
@@ -68,7 +68,7 @@ class GlooWire:
         except RuntimeError as error:
             if "imed out" in str(error):
                 raise late(self.rank, what, peer, self.timeout_s) from error
-            raise _lost(self.rank, peer, error) from error
+            raise lost(self.rank, peer, error) from error
 
 
 class NcclWire:

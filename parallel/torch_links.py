@@ -106,7 +106,7 @@ class GlooOutgoing:
     ) -> None:
         self.layout, self.rank, self.peer, self.tag, self.timeout_s = layout, rank, peer, tag, timeout_s
         self.bytes_sent = 0
-        self._group = _world()
+        self._group = world()
         self._buffers = [torch.zeros(layout.num_bytes, dtype=torch.uint8) for _ in range(depth)]
         self._handles: list[dist.Work | None] = [None] * depth
         self._next = 0
@@ -115,7 +115,7 @@ class GlooOutgoing:
         slot, self._next = self._next, (self._next + 1) % len(self._buffers)
         self._wait(slot)
         write_message(self.layout, self._buffers[slot], header, parts)
-        with _naming(self.rank, self.peer):
+        with naming(self.rank, self.peer):
             self._handles[slot] = self._group.send([self._buffers[slot]], self.peer, self.tag)
         self.bytes_sent += self.layout.num_bytes
 
@@ -139,7 +139,7 @@ class GlooIncoming:
         self, layout: MessageLayout, *, rank: int, peer: int, tag: int, depth: int, timeout_s: float
     ) -> None:
         self._layout, self.rank, self.peer, self.tag, self.timeout_s = layout, rank, peer, tag, timeout_s
-        self._group = _world()
+        self._group = world()
         self._buffers = [torch.zeros(layout.num_bytes, dtype=torch.uint8) for _ in range(depth)]
         self._handles = [self._post(buffer) for buffer in self._buffers]
         self._next = 0
@@ -161,7 +161,7 @@ class GlooIncoming:
         pass  # see `disconnect`
 
     def _post(self, buffer: Tensor) -> dist.Work:
-        with _naming(self.rank, self.peer):
+        with naming(self.rank, self.peer):
             return self._group.recv([buffer], self.peer, self.tag)
 
 
@@ -244,7 +244,7 @@ class NcclIncoming:
         pass  # see `disconnect`
 
 
-def _world() -> dist.ProcessGroup:
+def world() -> dist.ProcessGroup:
     """All ranks. Called directly, it takes half the time of dist.isend and dist.irecv."""
     assert dist.group.WORLD is not None
     return dist.group.WORLD
@@ -256,10 +256,10 @@ def _wait(handle: dist.Work, rank: int, peer: int, what: str, timeout_s: float) 
     except RuntimeError as error:
         if "imed out" in str(error):
             raise late(rank, what, peer, timeout_s) from error
-        raise _lost(rank, peer, error) from error
+        raise lost(rank, peer, error) from error
 
 
-class _naming:
+class naming:
     """Within, gloo's errors become TransportError that names both ranks."""
 
     def __init__(self, rank: int, peer: int) -> None:
@@ -269,10 +269,10 @@ class _naming:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, TransportError):
-            raise _lost(self.rank, self.peer, error) from error
+            raise lost(self.rank, self.peer, error) from error
 
 
-def _lost(rank: int, peer: int, error: BaseException) -> TransportError:
+def lost(rank: int, peer: int, error: BaseException) -> TransportError:
     return TransportError(f"rank {rank}: lost rank {peer}: {_brief(error)}", peer)
 
 

@@ -15,8 +15,8 @@ def work_from_trace(timetable: Timetable, evidence: dict[str, Any], spans_file: 
 
     `evidence` is one entry of JOB/evidence.json and `spans_file` the JOB/trace.jsonl of the same render. A
     stage's seconds for an item are its mean, of lanes the slowest, and what the rank does beside running the
-    model; their spread is the jitter. Sizes that did not occur take the time of the nearest one that did. `options` are those of Work.
-    ValueError for a render without a trace.
+    model; their spread is the jitter. Sizes that did not occur take the time of the nearest one that did.
+    `options` are those of Work. ValueError for a render without a trace.
     """
     attempt = evidence["attempts"][0]
     num_stages, ranks = len(attempt["layers_per_rank"]), attempt["ranks"]
@@ -41,13 +41,14 @@ def work_from_trace(timetable: Timetable, evidence: dict[str, Any], spans_file: 
         seconds, stage = sum(found) / len(found) + handing_s + besides[rank], rank % num_stages
         means[item][stage] = max(means[item][stage], seconds)
     spread = [(second * len(found) / sum(found) - 1) ** 2 for found in spent.values() for second in found]
+    times: dict[str, Any] = {"jitter": min(1.0, (sum(spread) / len(spread)) ** 0.5)}
     runs_at = {step: len(found) for (_, step), found in runs.items()}
     return Work(
         stage_s=lambda item: means[min(means, key=lambda known: _distance(known, item))],
         runs_at=lambda step: runs_at.get(step, max(runs_at.values())),
         solver_s=_rest_s(ranks[0]) / len(runs),  # the first stage's windows and solver's steps
         num_lanes=attempt["num_ranks"] // num_stages,
-        **{"jitter": min(1.0, (sum(spread) / len(spread)) ** 0.5)} | options,
+        **times | options,
     )
 
 

@@ -51,7 +51,10 @@ ROOMS: dict[str, Room] = {
     "vidgen.stepcache": Room(engine=LAYERS),
     "vidgen.denoise": Room(engine=MATH),
     "vidgen.denoise.noise": Room(engine=("vidgen.types",), outside=BARE, alone=True),
-    "vidgen.denoise.timetable": Room(engine=("vidgen.types",), outside=frozenset(), alone=True),
+    "vidgen.denoise.forwards": Room(outside=frozenset(), alone=True),
+    "vidgen.denoise.timetable": Room(
+        engine=("vidgen.types", "vidgen.denoise.forwards"), outside=frozenset(), alone=True
+    ),
     "vidgen.world": Room(outside=BARE, alone=True),
     "vidgen.measure": Room(
         engine=(*MATH, "vidgen.codec", "vidgen.builtin", "vidgen.denoise", "vidgen.world"), outside=BARE
@@ -79,7 +82,9 @@ ROOMS: dict[str, Room] = {
     "vidgen.parallel.actors": Room(engine=("vidgen.parallel",), outside=RAY),
     "vidgen.parallel.gang": Room(engine=("vidgen.parallel", "vidgen.denoise"), outside=RAY),
     "vidgen.parallel.coordinator": Room(engine=("vidgen.parallel", "vidgen.denoise"), outside=RAY),
+    "vidgen.parallel.standing": Room(engine=("vidgen.parallel",), outside=RAY),
     "vidgen.execute": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
+    "vidgen.run": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.render": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.engine": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.places": Room(engine=("vidgen.planning", "vidgen.limits")),

@@ -34,6 +34,13 @@ Context = Annotated[
     int | None,
     typer.Option("--context-frames", min=0, metavar="N", help="latent frames; not the model's own"),
 ]
+Timetable = Annotated[
+    str, typer.Option("--timetable", metavar="NAME", help="dualparal, autoregressive or buffer")
+]
+Stride = Annotated[int, typer.Option("--stride", min=1, metavar="N", help="ticks from block to block")]
+Against = Annotated[
+    Path | None, typer.Option("--against", metavar="FILE", help="another one, to say how near they are")
+]
 FRAMES_AT_ONCE = 16
 measure = typer.Typer(help="Measure how good a model is, or a video.")
 
@@ -59,6 +66,8 @@ def long(
     model: Model = "builtin",
     prompts: Prompts = 8,
     num_frames: Annotated[int, typer.Option("--num-frames", min=64, metavar="N", help="of a video")] = 257,
+    timetable: Timetable = "dualparal",
+    stride: Stride = 1,
     seed: Seed = 0,
     steps: Steps = None,
     context: Context = None,
@@ -66,12 +75,19 @@ def long(
     as_json: Json = False,
 ) -> int:
     """Say how often stretches of long videos show what was asked for, and whether they drift."""
+    from vidgen.measure.generate import Queue
     from vidgen.measure.report import measure_long
 
     small = _small(model)
     settings = _settings(small, num_inference_steps=steps, context_frames=context)
     found = measure_long(
-        small, num_prompts=prompts, num_frames=num_frames, seed=seed, settings=settings, keep=keep
+        small,
+        num_prompts=prompts,
+        num_frames=num_frames,
+        seed=seed,
+        settings=settings,
+        queue=Queue(timetable=timetable, stride=stride),
+        keep=keep,
     )
     return _tell(found, as_json)
 
@@ -81,12 +97,8 @@ def switch(
     model: Model = "builtin",
     prompts: Prompts = 16,
     blocks: Annotated[int, typer.Option("--blocks", min=2, metavar="N", help="of each prompt")] = 6,
-    timetable: Annotated[
-        str, typer.Option("--timetable", metavar="NAME", help="dualparal, autoregressive or buffer")
-    ] = "dualparal",
-    stride: Annotated[
-        int, typer.Option("--stride", min=1, metavar="N", help="ticks from block to block")
-    ] = 1,
+    timetable: Timetable = "dualparal",
+    stride: Stride = 1,
     transition: Annotated[
         int, typer.Option("--transition-blocks", min=0, metavar="N", help="that blend both prompts")
     ] = 0,
@@ -116,9 +128,7 @@ def switch(
 @measure.command()
 def video(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a video file")],
-    against: Annotated[
-        Path | None, typer.Option("--against", metavar="FILE", help="another one, to say how near they are")
-    ] = None,
+    against: Against = None,
     block_frames: Annotated[
         int | None,
         typer.Option("--block-frames", min=1, metavar="N", help="pixel frames from border to border"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vidgen.parallel.reasons import Reason
 
 GIB = 2**30
+MUCH_DECODING = 0.5
 
 
 @takes_job_flags
@@ -99,6 +100,8 @@ def _lines(found: "list[Planned]", choice: "Planned", why: "list[Reason]", top: 
         for name, value in values.items()
     )
     lines.append(f"choice: {choice.scheme.label} by {choice.kind}: {settings}")
+    if choice.decoding_share > MUCH_DECODING:
+        lines.append(f"its decoder is at work for {choice.decoding_share:.0%} of the time: ranks wait for it")
     lines.append("rows with the same `video` give the same frames; the others did not win because:")
     return lines + [f"  {reason.name}: {reason.text}" for reason in why]
 
@@ -120,6 +123,7 @@ def _plan_as_data(plan: "Planned") -> dict[str, Any]:
         "first_frame_s": plan.first_frame_s,
         "utilisation": plan.utilisation,
         "waiting_share": plan.waiting_share,
+        "decoding_share": plan.decoding_share,
         "sent_bytes": plan.sent_bytes,
         "flops": plan.flops,
     }

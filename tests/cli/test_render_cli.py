@@ -49,6 +49,7 @@ def test_canonical_flags_reach_the_job(run: Run):
         *("--guidance", "stacked", "--residual-guidance", "self"),
         *("--global-frames", 2, "--warm-up-steps", 3),
         *("--ranks", 1, "--placement", "spread", "--max-restarts", 1),
+        *("--ulysses", 1, "--ring", 1, "--cfg-parallel", 1, "--clip-ranks", 1),
         *("--min-ranks", 2, "--device", "cpu", "--attention-backend", "cpu"),
         *("--sparsity", "adaspa", "--recall", 0.8, "--solver", "unipc", "--dtype", "fp32", "--no-compile"),
         *("--upscale", 2, "--crf", 20, "--save-latents", "l.safetensors", "--no-sheet", "--job", "j"),
@@ -100,6 +101,10 @@ def test_canonical_flags_reach_the_job(run: Run):
         "parallel": {
             "ranks": 1,
             "layers_per_rank": None,
+            "ulysses": 1,
+            "ring": 1,
+            "guidance": 1,
+            "clip": 1,
             "address": None,
             "placement": "spread",
             "max_restarts": 1,

@@ -18,6 +18,7 @@ def test_long_videos_are_judged_window_by_window() -> None:
     assert all(quarter.endswith("/4") for quarter in found["quarters"])
     right = [int(count.split("/")[0]) for count in (found["all"]["all"], *found["quarters"])]
     assert right[0] == sum(right[1:]) and found["border_jump"] > 0
+    assert found["steps"]["block"] > found["steps"]["inside"] > 0
 
 
 def test_scenes_are_trained_ones_then_held_out_ones() -> None:

@@ -3,11 +3,13 @@
 With unit times and nothing slow its makespan is that of slots.py, and so a closed form in the live blocks.
 """
 
+import json
 import subprocess
 import sys
 import time
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from vidgen.parallel import simulate as simulator
 from vidgen.parallel.attempt import Attempt
 from vidgen.parallel.simulate import Faults, Item, Link, Work, simulate
 from vidgen.parallel.slots import least_slots
+from vidgen.parallel.traced import work_from_trace
 from vidgen.types import ContextMode
 
 RECOMPUTE, CACHE = ContextMode.RECOMPUTE, ContextMode.CACHE
@@ -294,6 +297,36 @@ def test_five_hours_on_4096_ranks_take_under_ten_seconds(faults: Any, lanes: int
     run = simulate(timetable, work, faults)
     assert time.process_time() - start < 10
     assert run.items >= timetable.num_forwards * 2 and 0 < run.utilisation <= 1
+
+
+def test_the_work_of_a_trace_has_its_times(tmp_path: Path):
+    timetable = dualparal(4, 2, block_frames=2, context_frames=1)
+    seconds = {(0, 0): 1.0, (0, 1): 2.0, (1, 0): 3.0, (1, 1): 4.0}  # by block and rank
+    rows = [
+        [0, rank, tick, forward.block, forward.step, run, 0.0, seconds[forward.block, rank] + 0.5 * run]
+        for tick in range(timetable.num_ticks)
+        for forward in timetable.forwards(tick)
+        for run in range(2)
+        for rank in range(2)
+    ]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps(row) + "\n" for row in [["attempt"], *rows]))
+    ranks = [
+        # besides: 10 - 2 - 1 - 5 = 2 s in 4 forwards; and 10 - 2 - 4 - 2.4 = 1.6 s in 8 items
+        {"items": 8, "began_s": 0, "ended_s": 10, "receive_wait_s": 2, "send_wait_s": 1, "busy_s": 5},
+        {"items": 8, "began_s": 0, "ended_s": 10, "receive_wait_s": 2, "send_wait_s": 4, "busy_s": 2.4},
+    ]
+    evidence = {"attempts": [{"num_ranks": 2, "layers_per_rank": [1, 1], "ranks": ranks}]}
+    work = work_from_trace(timetable, evidence, trace, hop_bytes=7)
+    first, second = Item(own=2, context=1), Item(own=2, before=1)
+    assert work.stage_s(first) == pytest.approx([1.25 + 1 / 8, 2.25 + 1 / 8 + 0.2])
+    assert work.stage_s(second) == pytest.approx([3.25 + 1 / 8, 4.25 + 1 / 8 + 0.2])
+    assert work.stage_s(Item(own=9)) == work.stage_s(second)
+    assert (work.runs_at(0), work.solver_s, work.hop_bytes) == (2, 0.5, 7)
+    assert 0 < work.jitter < 0.25
+    trace.write_text("[]\n")
+    with pytest.raises(ValueError, match="trace"):
+        work_from_trace(timetable, evidence, trace)
 
 
 def test_failures_faster_than_states_are_an_error():

@@ -7,6 +7,7 @@ count for little. How much ranks slow each other down is measured apart.
 import datetime
 import math
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from vidgen.journal import Journal
 from vidgen.kernels.attention.api import attention
 from vidgen.limits import available_memory_bytes
 from vidgen.media.sink import open_sink
-from vidgen.model.context import Context
+from vidgen.model.context import Context, KeyValue
 from vidgen.model.dit import Conditioning, DiT
 from vidgen.parallel.hardware import Hardware, LinkRate, Rate
 from vidgen.parallel.place import strip
@@ -41,14 +42,15 @@ from vidgen.sections import MAX_RANKS
 
 # B batch, F latent frames, S tokens per frame, D width, N text tokens, H heads
 
-READINGS = 7
+READINGS = 9
+MOST_LAYERS = 8  # of a model that is timed: as many as it has, so that caches are as full as in a render
 ENOUGH_S = 1.5  # no larger work is tried after a reading that took so long
 FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PARTS = (4, 2)  # of one frame's tokens, for ranks that share them
 
 
 class Clock:
-    """Times work on a device: the least of several readings."""
+    """Times work on a device: the median of several readings."""
 
     def __init__(self, device: str, threads: int) -> None:
         self.device = device
@@ -58,7 +60,7 @@ class Clock:
         """Of one call, after one that warms up. Work that takes long is read less often."""
         first = self._once(action)
         readings = readings if first < ENOUGH_S / readings else 2
-        return min(self._once(action) for _ in range(readings))
+        return statistics.median(self._once(action) for _ in range(readings))
 
     def _once(self, action: Callable[[], object]) -> float:
         start = self._now()
@@ -100,6 +102,7 @@ def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardwar
         process_bytes=process_bytes(),
         layers={config.dtype: layers},
         attention={config.dtype: _attention(plan, clock)},
+        joining=_joining(plan, clock),
         ends=_ends(plan, clock),
         solver=_solver(plan, clock),
         item_s=run_s + shared.latency_s,
@@ -127,28 +130,47 @@ def rate(points: Sequence[tuple[float, float]]) -> Rate:
 def _layers(plan: Plan, clock: Clock) -> tuple[Rate, float]:
     """(layers without self-attention by FLOPs, what a run of the model takes beside its layers)."""
     config, tokens = plan.task.model.config, _tokens_per_frame(plan)
-    one, four = (_random(config, count, clock.device) for count in (1, 4))
+    count = max(2, min(config.num_layers, MOST_LAYERS))
+    one, many = (_random(config, layers, clock.device) for layers in (1, count))
     points, overheads = [], []
     grids = [(1, max(1, tokens // part)) for part in PARTS] + [(frames, tokens) for frames in FRAMES]
-    text = _text(plan, config.width, one)
-
-    def run(model: DiT, frames: int, per_frame: int) -> Callable[[], object]:
-        x_BFSD = torch.randn(1, frames, per_frame, config.width, device=clock.device, dtype=model.dtype)
-        noise = torch.randn(1, frames, config.width, device=clock.device, dtype=model.dtype)
-        shared = Conditioning(noise, noise.unsqueeze(2).expand(-1, -1, 6, -1).contiguous(), text)
-        attends = [lambda query, key, value: query] * len(model.layers)
-        grid = frames, per_frame, 1
-        return lambda: model.run_layers(x_BFSD, shared, grid, Context(), attends, lends=False)
-
     for frames, per_frame in grids:
-        of_one = clock.seconds(run(one, frames, per_frame))
-        of_four = clock.seconds(run(four, frames, per_frame))
-        layer_s = max(1e-9, (of_four - of_one) / 3)
-        points.append((linear_flops(config, frames * per_frame, text.shape[1]), layer_s))
+        of_one, of_many = (clock.seconds(_run(plan, model, frames, per_frame)) for model in (one, many))
+        layer_s = max(1e-9, (of_many - of_one) / (count - 1))
+        points.append((linear_flops(config, frames * per_frame, _num_text_tokens(plan)), layer_s))
         overheads.append(max(0.0, of_one - layer_s))
-        if of_four > ENOUGH_S:
+        if of_many > ENOUGH_S:
             break
     return rate(points), float(np.median(overheads))
+
+
+def _run(plan: Plan, model: DiT, frames: int, per_frame: int, others: int = 0) -> Callable[[], object]:
+    """A run of a model's layers without their self-attention; with keys of `others` frames to join."""
+    config, like = model.config, {"device": model.device, "dtype": model.dtype}
+    x_BFSD = torch.randn(1, frames, per_frame, config.width, **like)
+    noise = torch.randn(1, frames, config.width, **like)
+    text = torch.randn(1, _num_text_tokens(plan), config.width, **like)
+    shared = Conditioning(noise, noise.unsqueeze(2).expand(-1, -1, 6, -1).contiguous(), text)
+    heads = config.num_heads, config.width // config.num_heads
+    kv = KeyValue(*(torch.randn(1, others, per_frame, *heads, **like) for _ in range(2)))
+    context = Context(after=(kv,) * len(model.layers)) if others else Context()
+    attends = [lambda query, key, value: query] * len(model.layers)
+    grid = frames, per_frame, 1
+    return lambda: model.run_layers(x_BFSD, shared, grid, context, attends, lends=False)
+
+
+def _joining(plan: Plan, clock: Clock) -> Rate:
+    """What a layer takes more for keys of other blocks, by numbers of all its keys."""
+    config, tokens, points = plan.task.model.config, _tokens_per_frame(plan), []
+    count = max(1, min(config.num_layers, MOST_LAYERS))
+    model = _random(config, count, clock.device)
+    for frames in FRAMES[1:7]:
+        others = frames // 2
+        without, joined = (clock.seconds(_run(plan, model, frames, tokens, more)) for more in (0, others))
+        points.append(((frames + others) * tokens * config.width, max(1e-9, (joined - without) / count)))
+        if joined > ENOUGH_S:
+            break
+    return rate(points)
 
 
 def _attention(plan: Plan, clock: Clock) -> Rate:
@@ -244,7 +266,7 @@ def _write(plan: Plan) -> Rate:
                     journal.commit(record, digest)
                     readings.append(time.perf_counter() - start)
                     block, first = block + 1, first + length
-                points.append((frames * _pixels_per_frame(plan), min(readings)))
+                points.append((frames * _pixels_per_frame(plan), statistics.median(readings)))
     return rate(points)
 
 
@@ -266,10 +288,10 @@ def _random(config: Any, num_layers: int, device: str) -> DiT:
     return model.eval().requires_grad_(False)
 
 
-def _text(plan: Plan, width: int, model: DiT) -> Tensor:
+def _num_text_tokens(plan: Plan) -> int:
+    """With those of an image, where a model takes one."""
     text = plan.task.texts(plan.task.timetable.block(0))[0]
-    num_tokens = text.shape[1] + model.config.image_tokens
-    return torch.randn(1, num_tokens, width, device=model.device, dtype=model.dtype)
+    return text.shape[1] + plan.task.model.config.image_tokens
 
 
 def _latents(plan: Plan, frames: int, device: str) -> Tensor:

@@ -94,14 +94,14 @@ def steps_by_place(video: Tensor, block_frames: int, chunk_frames: int) -> dict[
     """Mean absolute change from frame to frame where blocks meet, where chunks within them do, and elsewhere.
 
     Sizes are pixel frames; a chunk is what the codec decodes at once. The three tell apart what
-    `boundary_jump` mixes: a codec's own steps are as large at "chunk" as at "block", a model's are not. nan
-    where there is no such place.
+    `boundary_jump` mixes: a codec's own steps are as large at "chunk" as at "block", a model's are not. A
+    kind of place that there is not is left out.
     """
     changes = _batch(video).diff(dim=2).abs().mean((0, 1, 3, 4))
     frame = torch.arange(1, len(changes) + 1, device=changes.device)
     at_block, at_chunk = frame % block_frames == 0, frame % chunk_frames == 0
     places = {"block": at_block, "chunk": at_chunk & ~at_block, "inside": ~at_chunk & ~at_block}
-    return {name: changes[where].mean().item() for name, where in places.items()}
+    return {name: changes[where].mean().item() for name, where in places.items() if where.any()}
 
 
 def _batch(video: Tensor) -> Tensor:

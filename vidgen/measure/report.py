@@ -10,9 +10,9 @@ from vidgen.builtin import SmallModel
 from vidgen.measure.adherence import CLIP_FRAMES as CLIP_FRAMES
 from vidgen.measure.adherence import FACTORS, Verdict, judge, windows
 from vidgen.measure.fidelity import boundary_jump, steps_by_place
-from vidgen.measure.generate import generate
+from vidgen.measure.generate import LONG, Queue, generate, generate_segments
 from vidgen.measure.keeping import Row, kept_rows
-from vidgen.types import Recommended
+from vidgen.types import Recommended, Segment
 from vidgen.world import WORLDS, Scene
 
 
@@ -55,6 +55,7 @@ def measure_long(
     num_frames: int,
     seed: int,
     settings: Recommended | None = None,
+    queue: Queue = LONG,
     world: str = "small",
     keep: Path | None = None,
 ) -> dict[str, Any]:
@@ -70,35 +71,34 @@ def measure_long(
     scenes = pick_scenes(num_prompts, seed, world)
     what = {
         "measure": "long", "prompts": [scene.caption() for scene in scenes], "seed": seed,
-        "num_frames": num_frames, "settings": settings_text(settings),
+        "num_frames": num_frames, "queue": asdict(queue), "settings": settings_text(settings),
         "training_steps": model.training.get("step"),
     }  # fmt: skip
 
     def one(index: int) -> Row:
-        video = generate(
-            model, scenes[index].caption(), num_frames=num_frames, seed=seed + index, settings=settings,
-            long=True,
-        )  # fmt: skip
+        segment = Segment(prompt=scenes[index].caption(), num_frames=num_frames)
+        video = generate_segments(model, (segment,), seed=seed + index, settings=settings, queue=queue)
         return {
             "verdicts": [asdict(seen.verdict(scenes[index])) for seen in windows(video, CLIP_FRAMES)],
             "jump": boundary_jump(video, list(range(block, num_frames, block))),
             "steps": steps_by_place(video, block, model.codec.temporal_stride),
         }
 
-    rows = list(kept_rows(keep, what, num_prompts, one))
+    found = _long_counts(list(kept_rows(keep, what, num_prompts, one)))
+    named = {"settings": what["settings"], "queue": what["queue"]}
+    return {"prompts": num_prompts, "frames": num_frames, **found, **named}
+
+
+def _long_counts(rows: list[Row]) -> dict[str, Any]:
+    """The results of all long videos in one."""
     verdicts = [[Verdict(**verdict) for verdict in row["verdicts"]] for row in rows]
     quarters = [[v for video in verdicts for v in video[_quarter(len(video), q)]] for q in range(4)]
+    steps = {place: sum(row["steps"][place] for row in rows) / len(rows) for place in rows[0]["steps"]}
     return {
-        "prompts": num_prompts,
-        "frames": num_frames,
         "all": _counts([verdict for video in verdicts for verdict in video]),
         "quarters": [_counts(quarter)["all"] for quarter in quarters],
         "border_jump": round(sum(row["jump"] for row in rows) / len(rows), 3),
-        "steps": {
-            place: round(sum(row["steps"][place] for row in rows) / len(rows), 5)
-            for place in rows[0]["steps"]
-        },
-        "settings": what["settings"],
+        "steps": {place: round(step, 5) for place, step in steps.items()},
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from vidgen.config import JobConfig, parse_job, resolve
-from vidgen.denoise.timetable import autoregressive, dualparal, moving_buffer
+from vidgen.denoise.timetable import autoregressive, dualparal, fifo, moving_buffer, pipefusion
 from vidgen.serve.config import LimitsConfig, ModelConfig, merged
 from vidgen.serve.errors import invalid, shown
 from vidgen.serve.facts import ModelFacts
@@ -66,9 +66,13 @@ def num_blocks(job: JobConfig, facts: ModelFacts) -> int:
     assert job.num_frames and job.num_inference_steps
     queue, steps = job.queue, job.num_inference_steps
     frames = facts.num_latent_frames(job.num_frames)
-    if queue.timetable == "full":
+    if queue.timetable in ("full", "lockstep"):
         return 1
     assert queue.block_frames and queue.context_frames is not None and queue.context_mode
+    if queue.timetable == "pipefusion":
+        return pipefusion(frames, steps, block_frames=queue.block_frames).num_blocks
+    if queue.timetable == "fifo":
+        return fifo(frames, steps, context_frames=min(1, queue.context_frames)).num_blocks
     sizes: dict[str, Any] = {
         "block_frames": queue.block_frames,
         "context_frames": queue.context_frames,
