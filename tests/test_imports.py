@@ -84,6 +84,17 @@ ROOMS: dict[str, Room] = {
     "vidgen.parallel.coordinator": Room(engine=("vidgen.parallel", "vidgen.denoise"), outside=RAY),
     "vidgen.parallel.standing": Room(engine=("vidgen.parallel",), outside=RAY),
     "vidgen.execute": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
+    "vidgen.batch": Room(engine=("vidgen.config", "vidgen.journal")),
+    "vidgen.choosing": Room(
+        engine=(
+            "vidgen.config",
+            "vidgen.denoise",
+            "vidgen.families",
+            "vidgen.parallel",
+            "vidgen.planning",
+            "vidgen.types",
+        )
+    ),
     "vidgen.run": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.render": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.engine": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),

@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from vidgen import __version__, cli_bench, cli_client, cli_inspect, cli_plan, cli_render, cli_serve, cli_train
+from vidgen import (
+    __version__,
+    cli_batch,
+    cli_bench,
+    cli_client,
+    cli_inspect,
+    cli_plan,
+    cli_render,
+    cli_serve,
+    cli_train,
+)
 from vidgen.cli_exit import BAD_INPUT, INTERRUPTED, OK, Ended, one_line, plain_warnings, write_line
 
 app = typer.Typer(
@@ -26,6 +36,7 @@ app = typer.Typer(
 )
 app.command()(cli_render.render)
 app.command()(cli_render.resume)
+app.command()(cli_batch.batch)
 app.command()(cli_serve.serve)
 app.command()(cli_client.submit)
 app.command()(cli_client.status)

@@ -203,6 +203,22 @@ def build_job(
         values = {key: value for key, value in values.items() if key not in ("prompt", "num_frames")}
     if "prompt" in given:
         values.pop("segments", None)
+    return parse_job(_put(given, values), "command line")
+
+
+def build_values(flags: dict[str, Any], *, config: Path | None) -> dict[str, Any]:
+    """Settings of a file and of flags over it, for jobs that say the rest. ValueError in one line."""
+    from vidgen.config import parse_job, read_yaml
+
+    values = dict(read_yaml(config)) if config is not None else {}
+    given = {flag.field: flags[flag.parameter] for flag in FLAGS if flags[flag.parameter] is not None}
+    values = _put(given, values)
+    parse_job(values, str(config or "command line"))
+    return values
+
+
+def _put(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values with what flags say, by the dotted names of settings."""
     for field, value in given.items():
         *rooms, name = field.split(".")
         inner = values
@@ -210,7 +226,7 @@ def build_job(
             inner[room] = dict(inner.get(room) or {})
             inner = inner[room]
         inner[name] = value
-    return parse_job(values, "command line")
+    return values
 
 
 def _read_segments(path: Path) -> list[Any]:

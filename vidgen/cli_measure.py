@@ -41,7 +41,7 @@ Stride = Annotated[int, typer.Option("--stride", min=1, metavar="N", help="ticks
 Against = Annotated[
     Path | None, typer.Option("--against", metavar="FILE", help="another one, to say how near they are")
 ]
-FRAMES_AT_ONCE = 16
+PIXELS_AT_ONCE = 2**20  # larger tensors cost the system more than the measures take
 measure = typer.Typer(help="Measure how good a model is, or a video.")
 
 
@@ -181,8 +181,9 @@ def _parts(source: "VideoSource") -> "Iterator[Tensor]":
     """The video [3, F, H, W] in [-1, 1], some frames at a time."""
     import torch
 
-    for start in range(0, source.num_frames, FRAMES_AT_ONCE):
-        pictures = source.frames(range(start, min(start + FRAMES_AT_ONCE, source.num_frames)))
+    at_once = max(1, PIXELS_AT_ONCE // (source.height * source.width))
+    for start in range(0, source.num_frames, at_once):
+        pictures = source.frames(range(start, min(start + at_once, source.num_frames)))
         yield torch.from_numpy(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 

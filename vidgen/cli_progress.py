@@ -129,8 +129,10 @@ class RenderView:
 def _ranks(evidence: dict[str, Any]) -> str:
     last = evidence["attempts"][-1]
     layers = " + ".join(str(count) for count in last["layers_per_rank"])
+    lanes = " x ".join(f"{axis} {size}" for axis, size in last["lanes"].items() if size > 1)
+    held = f"{layers} layers" + (f" in lanes of {lanes}" if lanes else "")
     return (
-        f"{last['num_ranks']} with {layers} layers, {100 * last['utilisation']:.1f} % of the best possible "
+        f"{last['num_ranks']} with {held}, {100 * last['utilisation']:.1f} % of the best possible "
         f"pipelining, bubbles {100 * last['bubble_share']:.1f} %, restarts {evidence['restarts']}"
     )
 

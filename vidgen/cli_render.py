@@ -124,7 +124,7 @@ def resume(
 def _watch(folder: Path, as_json: bool, run: Run) -> int:
     """Run a job, show it, and turn the ways in which it can end early into Ended."""
     # signals first: what is imported below takes seconds
-    with RenderView(as_json) as view, _stop_signals() as should_stop:
+    with RenderView(as_json) as view, stop_signals() as should_stop:
         from vidgen.config import parse_job, read_yaml
         from vidgen.run import Interrupted
 
@@ -170,7 +170,7 @@ def _how_to_resume(folder: Path) -> str:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[ShouldStop]:
+def stop_signals() -> Iterator[ShouldStop]:
     """Within, the first SIGINT or SIGTERM makes the yielded function true, the second ends the process."""
     received: list[int] = []
 

@@ -53,9 +53,9 @@ FILM = Film(
 LINEAR = Rate((1.0, 1e18), (1e-9, 1e9))
 HARDWARE = Hardware(
     name="ideal", source="made up", measured=False, memory_bytes=2**40, shares_memory=False, ranks_per_node=8,
-    process_bytes=1000, layers={"fp32": LINEAR}, attention={"fp32": LINEAR}, joining=LINEAR, ends=LINEAR, solver=LINEAR,
-    item_s=0.0, link=LinkRate(0.0, 1e9), exchange=LinkRate(0.0, 1e9), between_nodes=LinkRate(0.0, 1e8),
-    decode=LINEAR, decode_alone=LINEAR, write=LINEAR,
+    process_bytes=1000, layers={"fp32": LINEAR}, attention={"fp32": LINEAR}, joining=LINEAR, ends=LINEAR,
+    solver=LINEAR, item_s=0.0, link=LinkRate(0.0, 1e9), exchange=LinkRate(0.0, 1e9),
+    between_nodes=LinkRate(0.0, 1e8), decode=LINEAR, decode_alone=LINEAR, write=LINEAR,
 )  # fmt: skip
 
 

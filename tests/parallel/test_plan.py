@@ -31,8 +31,8 @@ FILM = Film(
 RATE, FREE = Rate((1e3, 1e18), (1e-5, 1e10)), LinkRate(0.0, 1e15)
 HARDWARE = Hardware(
     name="made up", source="made up", measured=False, memory_bytes=2**34, shares_memory=False,
-    ranks_per_node=8, process_bytes=2**20, layers={"fp32": RATE}, attention={"fp32": RATE}, joining=RATE, ends=RATE,
-    solver=RATE, item_s=1e-4, link=LinkRate(1e-5, 1e9), exchange=LinkRate(1e-5, 1e9),
+    ranks_per_node=8, process_bytes=2**20, layers={"fp32": RATE}, attention={"fp32": RATE}, joining=RATE,
+    ends=RATE, solver=RATE, item_s=1e-4, link=LinkRate(1e-5, 1e9), exchange=LinkRate(1e-5, 1e9),
     between_nodes=LinkRate(1e-4, 1e8), decode=RATE, decode_alone=RATE, write=RATE,
 )  # fmt: skip
 SIZES: dict[str, Any] = {"block_frames": 4, "context_frames": 2, "mode": ContextMode.RECOMPUTE}

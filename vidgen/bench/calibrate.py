@@ -5,32 +5,23 @@ count for little. How much ranks slow each other down is measured apart.
 """
 
 import datetime
-import math
 import os
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from vidgen.bench.machine import machine_facts
+from vidgen.bench.output_rates import ENOUGH_S, FRAMES, Clock, decode_rate, latents_of, rate, write_rate
 from vidgen.bench.rendering import PROMPT
 from vidgen.bench.two_ranks import link_rates, measured_busy, process_bytes
 from vidgen.config import parse_job
 from vidgen.denoise.loop import make_window, take_step
 from vidgen.engine import Engine
-from vidgen.journal import Journal
 from vidgen.kernels.attention.api import attention
 from vidgen.limits import available_memory_bytes
-from vidgen.media.sink import open_sink
 from vidgen.model.context import Context, KeyValue
 from vidgen.model.dit import Conditioning, DiT
 from vidgen.parallel.hardware import Hardware, LinkRate, Rate
@@ -42,32 +33,8 @@ from vidgen.sections import MAX_RANKS
 
 # B batch, F latent frames, S tokens per frame, D width, N text tokens, H heads
 
-READINGS = 9
 MOST_LAYERS = 8  # of a model that is timed: as many as it has, so that caches are as full as in a render
-ENOUGH_S = 1.5  # no larger work is tried after a reading that took so long
-FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PARTS = (4, 2)  # of one frame's tokens, for ranks that share them
-
-
-class Clock:
-    """Times work on a device: the median of several readings."""
-
-    def __init__(self, device: str, threads: int) -> None:
-        self.device = device
-        self._now = time.thread_time if device == "cpu" and threads == 1 else time.perf_counter
-
-    def seconds(self, action: Callable[[], object], readings: int = READINGS) -> float:
-        """Of one call, after one that warms up. Work that takes long is read less often."""
-        first = self._once(action)
-        readings = readings if first < ENOUGH_S / readings else 2
-        return statistics.median(self._once(action) for _ in range(readings))
-
-    def _once(self, action: Callable[[], object]) -> float:
-        start = self._now()
-        action()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return self._now() - start
 
 
 @torch.inference_mode()
@@ -88,7 +55,7 @@ def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardwar
     device, cores = clock.device, os.cpu_count() or 1
     config = engine.config
     layers, run_s = _layers(plan, clock)
-    decode, write = _decode(engine, plan, clock), _write(plan)
+    decode, write = decode_rate(engine, plan, clock), write_rate(plan)
     shared, gloo = link_rates()
     facts = machine_facts()
     return Hardware(
@@ -114,17 +81,6 @@ def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardwar
         write=write,
         busy=() if device == "cuda" else measured_busy(cores),
     )
-
-
-def rate(points: Sequence[tuple[float, float]]) -> Rate:
-    """From (size, seconds): where more work took less time, it takes as long as the lesser."""
-    sizes, seconds = [], []
-    for size, taken in sorted(points):
-        if sizes and size <= sizes[-1]:
-            continue
-        sizes.append(size)
-        seconds.append(max(taken, 1e-9, seconds[-1] * (1 + 1e-6) if seconds else 0))
-    return Rate(tuple(sizes), tuple(seconds))
 
 
 def _layers(plan: Plan, clock: Clock) -> tuple[Rate, float]:
@@ -192,7 +148,7 @@ def _ends(plan: Plan, clock: Clock) -> Rate:
     config, tokens = plan.task.model.config, _tokens_per_frame(plan)
     model, points = _random(config, 1, clock.device), []
     for frames in FRAMES:
-        latents = _latents(plan, frames, clock.device)
+        latents = latents_of(plan, frames, clock.device)
         if config.condition_channels:
             more = latents.new_zeros(1, config.condition_channels, *latents.shape[2:])
             latents = torch.cat([latents, more], dim=1)
@@ -217,7 +173,7 @@ def _solver(plan: Plan, clock: Clock) -> Rate:
             task, model=model, second_model=None, timetable=replace(timetable, switch_step=None)
         )
         forward = timetable.forwards(0)[0]
-        latents = _latents(plan, frames, clock.device)
+        latents = latents_of(plan, frames, clock.device)
         own = replace(task.new_block(timetable.block(0)), latents_BCFYX=latents)
         window = make_window(own_task, {0: own}, forward, own)
         rows, columns = model.token_grid(latents.shape)[1:]
@@ -231,50 +187,6 @@ def _solver(plan: Plan, clock: Clock) -> Rate:
 
         points.append((latents.numel(), clock.seconds(step)))
     return rate(points)
-
-
-def _decode(engine: Engine, plan: Plan, clock: Clock) -> Rate:
-    """Decoding a block, by pixels of a frame times frames; on the CPU, where ranks have their decoder."""
-    decode, points = engine.decoder(), []
-    for frames in FRAMES[:7]:
-        latents = _latents(plan, frames, "cpu")
-        taken = clock.seconds(lambda z=latents: decode(z), readings=3)
-        points.append((frames * _pixels_per_frame(plan), taken))
-        if taken > ENOUGH_S:
-            break
-    return rate(points)
-
-
-def _write(plan: Plan) -> Rate:
-    """Making a block durable: latents, a segment of video, the journal's row. By the clock on the wall."""
-    job, points = plan.job, []
-    assert job.height and job.width and job.fps
-    pictures = _moving_pictures(64, job.height, job.width)
-    with tempfile.TemporaryDirectory() as place:
-        with Journal(Path(place) / "job", create=job) as journal:
-            sink = open_sink(
-                Path(place) / "x.mp4", journal.folder, job.width, job.height, Fraction(job.fps), {}
-            )
-            block = first = 0
-            for frames in (1, 2, 4, 8, 16):
-                length = frames * plan.sizes.temporal_stride
-                latents, readings = _latents(plan, frames, "cpu"), []
-                for _ in range(3):
-                    start = time.perf_counter()
-                    digest = journal.save_latents(block, latents)
-                    record = sink.write(pictures[:length], first_frame=first, block=block)
-                    journal.commit(record, digest)
-                    readings.append(time.perf_counter() - start)
-                    block, first = block + 1, first + length
-                points.append((frames * _pixels_per_frame(plan), statistics.median(readings)))
-    return rate(points)
-
-
-def _moving_pictures(count: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Frames of a wave that moves: about as busy as what models make."""
-    frame, row, column = np.ogrid[:count, :height, :width]
-    waves = [np.sin((row * (1 + c) + column + 2 * frame) / 7) for c in range(3)]
-    return (127.5 * (1 + np.stack(waves, axis=-1))).astype(np.uint8)
 
 
 def _random(config: Any, num_layers: int, device: str) -> DiT:
@@ -294,17 +206,6 @@ def _num_text_tokens(plan: Plan) -> int:
     return text.shape[1] + plan.task.model.config.image_tokens
 
 
-def _latents(plan: Plan, frames: int, device: str) -> Tensor:
-    _, channels, _, rows, columns = plan.latents_shape
-    return torch.randn(1, channels, frames, rows, columns, device=device)
-
-
 def _tokens_per_frame(plan: Plan) -> int:
     _, rows, columns = plan.task.model.token_grid(plan.latents_shape)
     return rows * columns
-
-
-def _pixels_per_frame(plan: Plan) -> int:
-    """Pixels that a latent frame stands for."""
-    assert plan.job.height and plan.job.width
-    return plan.sizes.temporal_stride * math.prod((plan.job.height, plan.job.width))

@@ -100,6 +100,13 @@ def _in_process(action: Callable[..., Any], index: int, pipe: Connection, *given
     pipe.poll(DEADLINE_S)  # until killed: the peer may still need this process
 
 
+def _in_order(index: int, swap: Callable[[Any], Any]) -> tuple[int, int]:
+    """(own number, the peer's)."""
+    peer = swap(index)
+    swap(0)
+    return index, peer
+
+
 def _memory(_: int, swap: Callable[[Any], Any]) -> int:
     swap(0)
     swap(0)

@@ -1,0 +1,83 @@
+"""What the planner's benches are made of. Whole calibrations take minutes and are run by hand."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vidgen.bench.calibrate import _joining, _layers
+from vidgen.bench.output_rates import Clock, decode_rate, rate, write_rate
+from vidgen.bench.plans import LANES, STAGES_ONLY, PlanCase, predict, render_once, verdict
+from vidgen.bench.rendering import PROMPT
+from vidgen.bench.two_ranks import _in_order, _together
+from vidgen.config import parse_job
+from vidgen.engine import Engine
+from vidgen.parallel.hardware import load_hardware
+from vidgen.planning import Plan
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.from_pretrained("builtin", with_dit=False)
+
+
+@pytest.fixture(scope="module")
+def plan(engine: Engine) -> Plan:
+    return engine.plan(parse_job({"prompt": PROMPT, "queue": {"timetable": "full"}}))
+
+
+def test_a_rate_of_noisy_readings_still_rises():
+    found = rate([(4, 3.0), (1, 1.0), (2, 2.0), (3, 1.5)])
+    assert found.sizes == (1, 2, 3, 4) and found.seconds[0] == 1.0 and found.seconds[3] == 3.0
+    assert found.seconds[1] < found.seconds[2] < 2.001
+
+
+@torch.inference_mode()
+def test_measured_rates_rise_with_the_work(engine: Engine, plan: Plan, monkeypatch: pytest.MonkeyPatch):
+    from vidgen.bench import calibrate, output_rates
+
+    for module in (calibrate, output_rates):
+        monkeypatch.setattr(module, "FRAMES", (1, 2, 4, 8))
+    clock = Clock("cpu", 1)
+    layers, run_s = _layers(plan, clock)
+    assert run_s >= 0 and layers.seconds[-1] > layers.seconds[0] > 0
+    assert _joining(plan, clock).seconds[0] > 0
+    assert decode_rate(engine, plan, clock).seconds[-1] > 0
+    assert write_rate(plan).seconds[0] > 0
+
+
+@pytest.mark.slow
+def test_processes_tell_each_other_and_answer():
+    assert _together(_in_order, 2) == [(0, 1), (1, 0)]
+
+
+def test_a_process_that_dies_is_an_error():
+    with pytest.raises(RuntimeError, match="a process of the bench died"):
+        _together(_dies, 1)
+
+
+def _dies(index: int, swap: Any) -> None:
+    os._exit(1)
+
+
+@pytest.mark.parametrize("case", [*STAGES_ONLY, *LANES], ids=lambda case: f"{case.name} {case.queue}")
+def test_every_case_has_a_prediction(case: PlanCase):
+    found = predict(load_hardware("cpu"), case, 65, 4)
+    assert 0 < found["first_frame_s"] <= found["seconds"] < 1e4
+
+
+def test_a_render_is_timed_from_its_first_run_to_its_last_block(tmp_path: Path):
+    found = render_once(STAGES_ONLY[0], 33, 2, tmp_path)
+    assert 0 < found["first_frame_s"] < found["seconds"] < 60 and found["memory_bytes"] > 2**20
+
+
+def test_the_verdict_counts_what_is_within_and_prices_the_choice():
+    rows = [
+        {"video": "a", "plan": "x", "predicted s": 1.0, "measured s": 1.0, "ratio": 1.0},
+        {"video": "b", "plan": "y", "predicted s": 0.5, "measured s": 2.0, "ratio": 0.25},
+    ]
+    found = verdict(rows)
+    assert found["within"] == "1 of 2 within 0.85 to 1.15"
+    assert found["choice"] == "b, y" and found["choice over best"] == 2.0

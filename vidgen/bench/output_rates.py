@@ -1,0 +1,112 @@
+"""Rates of the end of a render, decoding and writing; and how a rate is measured."""
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vidgen.engine import Engine
+from vidgen.journal import Journal
+from vidgen.media.sink import open_sink
+from vidgen.parallel.hardware import Rate
+from vidgen.planning import Plan
+
+READINGS = 9
+ENOUGH_S = 1.5  # no larger work is tried after a reading that took so long
+FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Clock:
+    """Times work on a device: the median of several readings."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        self.device = device
+        self._now = time.thread_time if device == "cpu" and threads == 1 else time.perf_counter
+
+    def seconds(self, action: Callable[[], object], readings: int = READINGS) -> float:
+        """Of one call, after one that warms up. Work that takes long is read less often."""
+        first = self._once(action)
+        readings = readings if first < ENOUGH_S / readings else 2
+        return statistics.median(self._once(action) for _ in range(readings))
+
+    def _once(self, action: Callable[[], object]) -> float:
+        start = self._now()
+        action()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return self._now() - start
+
+
+def rate(points: Sequence[tuple[float, float]]) -> Rate:
+    """From (size, seconds): where more work took less time, it takes as long as the lesser."""
+    sizes, seconds = [], []
+    for size, taken in sorted(points):
+        if sizes and size <= sizes[-1]:
+            continue
+        sizes.append(size)
+        seconds.append(max(taken, 1e-9, seconds[-1] * (1 + 1e-6) if seconds else 0))
+    return Rate(tuple(sizes), tuple(seconds))
+
+
+def decode_rate(engine: Engine, plan: Plan, clock: Clock) -> Rate:
+    """Decoding a block, by pixels of a frame times frames; on the CPU, where ranks have their decoder."""
+    decode, points = engine.decoder(), []
+    for frames in FRAMES[:7]:
+        latents = latents_of(plan, frames, "cpu")
+        taken = clock.seconds(lambda z=latents: decode(z), readings=3)
+        points.append((frames * _pixels_per_frame(plan), taken))
+        if taken > ENOUGH_S:
+            break
+    return rate(points)
+
+
+def write_rate(plan: Plan) -> Rate:
+    """Making a block durable: latents, a segment of video, the journal's row. By the clock on the wall."""
+    job, points = plan.job, []
+    assert job.height and job.width and job.fps
+    pictures = _moving_pictures(64, job.height, job.width)
+    with tempfile.TemporaryDirectory() as place:
+        with Journal(Path(place) / "job", create=job) as journal:
+            sink = open_sink(
+                Path(place) / "x.mp4", journal.folder, job.width, job.height, Fraction(job.fps), {}
+            )
+            block = first = 0
+            for frames in (1, 2, 4, 8, 16):
+                length = frames * plan.sizes.temporal_stride
+                latents, readings = latents_of(plan, frames, "cpu"), []
+                for _ in range(3):
+                    start = time.perf_counter()
+                    digest = journal.save_latents(block, latents)
+                    record = sink.write(pictures[:length], first_frame=first, block=block)
+                    journal.commit(record, digest)
+                    readings.append(time.perf_counter() - start)
+                    block, first = block + 1, first + length
+                points.append((frames * _pixels_per_frame(plan), statistics.median(readings)))
+    return rate(points)
+
+
+def _moving_pictures(count: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Frames of a wave that moves: about as busy as what models make."""
+    frame, row, column = np.ogrid[:count, :height, :width]
+    waves = [np.sin((row * (1 + c) + column + 2 * frame) / 7) for c in range(3)]
+    return (127.5 * (1 + np.stack(waves, axis=-1))).astype(np.uint8)
+
+
+def latents_of(plan: Plan, frames: int, device: str) -> Tensor:
+    """Noise [1, C, frames, Y, X] of the plan's size."""
+    _, channels, _, rows, columns = plan.latents_shape
+    return torch.randn(1, channels, frames, rows, columns, device=device)
+
+
+def _pixels_per_frame(plan: Plan) -> int:
+    """Pixels that a latent frame stands for."""
+    assert plan.job.height and plan.job.width
+    return plan.sizes.temporal_stride * math.prod((plan.job.height, plan.job.width))
