@@ -20,7 +20,7 @@ from vidgen.denoise.lending import Lent
 from vidgen.denoise.loop import BlockState, FinishedBlock, LoopState, Task, Window, make_window, take_steps
 from vidgen.denoise.timetable import Forward
 from vidgen.model.dit import Conditioning
-from vidgen.parallel.lead import Follower, Lead, Leader, Word
+from vidgen.parallel.lanes.lead import Follower, Lead, Leader, Word
 from vidgen.parallel.pipeline import GivenUp, Links, StageRun
 from vidgen.parallel.shapes import Shapes
 from vidgen.parallel.topology import Stage

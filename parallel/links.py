@@ -8,17 +8,17 @@ import torch
 
 from vidgen.denoise.lockstep import ClipAttention
 from vidgen.denoise.loop import Task
-from vidgen.parallel.clip import SplitClips
-from vidgen.parallel.exchange import Exchange
 from vidgen.parallel.first import default_in_flight
-from vidgen.parallel.lane import Lane
-from vidgen.parallel.lead import Follower, Lead, Leader
+from vidgen.parallel.lanes.clip import SplitClips
+from vidgen.parallel.lanes.exchange import Exchange
+from vidgen.parallel.lanes.lane import Lane
+from vidgen.parallel.lanes.lead import Follower, Lead, Leader
+from vidgen.parallel.lanes.sequence import SplitSequence
+from vidgen.parallel.lanes.torch_exchange import LEAD_TAG, TAGS, open_exchange
 from vidgen.parallel.pipeline import Links
-from vidgen.parallel.sequence import SplitSequence
 from vidgen.parallel.shapes import Shapes
 from vidgen.parallel.shared_links import SharedIncoming, SharedOutgoing
 from vidgen.parallel.topology import Axis, Stage
-from vidgen.parallel.torch_exchange import LEAD_TAG, TAGS, open_exchange
 from vidgen.parallel.torch_links import (
     BACK_TAG,
     FORWARD_TAG,

@@ -19,7 +19,7 @@ from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.dit import Conditioning, DiT
-from vidgen.parallel.lane import ALONE, Lane
+from vidgen.parallel.lanes.lane import ALONE, Lane
 from vidgen.parallel.shapes import Shapes, frames_before, own_frames
 from vidgen.parallel.topology import Stage
 from vidgen.parallel.transport import Header, Incoming, Kind, Outgoing

@@ -57,7 +57,9 @@ ROOMS: dict[str, Room] = {
     ),
     "vidgen.world": Room(outside=BARE, alone=True),
     "vidgen.measure": Room(
-        engine=(*MATH, "vidgen.codec", "vidgen.builtin", "vidgen.denoise", "vidgen.world"), outside=BARE
+        engine=(*MATH, "vidgen.codec", "vidgen.builtin", "vidgen.denoise", "vidgen.world"),
+        outside=BARE,
+        lazy=frozenset({"lpips"}),
     ),
     "vidgen.train": Room(
         engine=(*PARTS, "vidgen.builtin", "vidgen.denoise", "vidgen.measure", "vidgen.world"),
@@ -78,6 +80,9 @@ ROOMS: dict[str, Room] = {
     "vidgen.journal": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config", "vidgen.media")),
     "vidgen.limits": Room(engine=(*MATH, "vidgen.denoise", "vidgen.config")),
     "vidgen.parallel": Room(engine=(*MATH, "vidgen.denoise"), outside=BARE, alone=True),
+    "vidgen.parallel.planner.hardware": Room(
+        engine=(*MATH, "vidgen.denoise"), outside=BARE, lazy=frozenset({"yaml"}), alone=True
+    ),
     "vidgen.parallel.cluster": Room(engine=(), outside=RAY),
     "vidgen.parallel.actors": Room(engine=("vidgen.parallel",), outside=RAY),
     "vidgen.parallel.gang": Room(engine=("vidgen.parallel", "vidgen.denoise"), outside=RAY),

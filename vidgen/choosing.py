@@ -6,10 +6,10 @@ from typing import Any
 from vidgen.config import JobConfig
 from vidgen.denoise.guidance import num_branches
 from vidgen.families.family import Family
-from vidgen.parallel.hardware import Hardware
-from vidgen.parallel.plan import Planned, plans
-from vidgen.parallel.schemes import Scheme, schemes
-from vidgen.parallel.work import Film
+from vidgen.parallel.planner.hardware import Hardware
+from vidgen.parallel.planner.plan import Planned, plans
+from vidgen.parallel.planner.schemes import Scheme, schemes
+from vidgen.parallel.planner.work import Film
 from vidgen.planning import make_clips, make_timetable
 from vidgen.types import GuidanceMode, ResidualGuidance
 

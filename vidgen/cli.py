@@ -16,6 +16,7 @@ from vidgen import (
     cli_bench,
     cli_client,
     cli_inspect,
+    cli_measure,
     cli_plan,
     cli_render,
     cli_serve,
@@ -48,7 +49,7 @@ app.command()(cli_plan.plan)
 app.command()(cli_inspect.doctor)
 app.command()(cli_train.train)
 app.add_typer(cli_inspect.models, name="models")
-app.add_typer(cli_train.measure, name="measure")
+app.add_typer(cli_measure.measure, name="measure")
 app.add_typer(cli_bench.bench, name="bench")
 
 

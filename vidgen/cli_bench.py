@@ -129,7 +129,7 @@ def calibrate(
     import yaml
 
     from vidgen.bench.calibrate import calibrate as measured
-    from vidgen.parallel.hardware import dump_hardware
+    from vidgen.parallel.planner.hardware import dump_hardware
 
     text = yaml.safe_dump(dump_hardware(measured(model)), sort_keys=False, default_flow_style=None, width=100)
     if out is None:
@@ -156,7 +156,7 @@ def plans(
     """Hold the planner against renders of the built-in model: predicted and measured seconds of each plan."""
     from vidgen.bench.calibrate import calibrate as measured
     from vidgen.bench.plans import LANES, STAGES_ONLY, bench_plans, verdict
-    from vidgen.parallel.hardware import load_hardware
+    from vidgen.parallel.planner.hardware import load_hardware
 
     machine = measured() if hardware is None else load_hardware(hardware)
     rows = bench_plans(machine, num_frames, (*STAGES_ONLY, *(LANES if lanes else ())), repeats)

@@ -9,8 +9,8 @@ from vidgen.cli_exit import OK, write_line
 from vidgen.cli_flags import build_job, parse_size, takes_job_flags
 
 if TYPE_CHECKING:
-    from vidgen.parallel.plan import Planned
-    from vidgen.parallel.reasons import Reason
+    from vidgen.parallel.planner.plan import Planned
+    from vidgen.parallel.planner.reasons import Reason
 
 GIB = 2**30
 MUCH_DECODING = 0.5
@@ -34,9 +34,9 @@ def plan(
     """
     from vidgen.choosing import plans_of
     from vidgen.engine import Engine
-    from vidgen.parallel.hardware import load_hardware
-    from vidgen.parallel.plan import best
-    from vidgen.parallel.reasons import reasons
+    from vidgen.parallel.planner.hardware import load_hardware
+    from vidgen.parallel.planner.plan import best
+    from vidgen.parallel.planner.reasons import reasons
     from vidgen.planning import resolve_job
 
     asked = {**flags, "prompt": flags.get("prompt") or "any"}

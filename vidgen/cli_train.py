@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vidgen.cli_exit import OK, write_line
-from vidgen.cli_measure import measure as measure
 
 if TYPE_CHECKING:
     from vidgen.train.trainer import TrainConfig

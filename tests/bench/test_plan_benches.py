@@ -14,7 +14,7 @@ from vidgen.bench.rendering import PROMPT
 from vidgen.bench.two_ranks import _in_order, _together
 from vidgen.config import parse_job
 from vidgen.engine import Engine
-from vidgen.parallel.hardware import load_hardware
+from vidgen.parallel.planner.hardware import load_hardware
 from vidgen.planning import Plan
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from vidgen.config import parse_job
-from vidgen.parallel.hardware import dump_hardware, load_hardware
+from vidgen.parallel.planner.hardware import dump_hardware, load_hardware
 
 Run = Callable[..., Any]
 ASKED = ("plan", "--num-frames", 65, "--num-inference-steps", 4, "--hardware", "cpu")

@@ -100,7 +100,9 @@ def test_a_wish_during_a_render_shows_one_block_later(tmp_path: Path):
         asked[0] += 1
         return [Wish(id="blue", prompt="a blue square moving up")] if asked[0] == 3 else []
 
-    live = Live(engine=engine, wishes=wishes, applied=lambda wish, block, frame: seen.update({wish.id: frame}))
+    live = Live(
+        engine=engine, wishes=wishes, applied=lambda wish, block, frame: seen.update({wish.id: frame})
+    )
     render(job("changed.mp4"), live=live)
     render(job("plain.mp4"), live=Live(engine=engine))
     assert seen == {"blue": 32}

@@ -25,8 +25,8 @@ from vidgen.model.context import Context
 from vidgen.model.dit import DiTConfig
 from vidgen.model.layers import Attend
 from vidgen.model.rope import rotations
-from vidgen.parallel.clip import SplitClips
-from vidgen.parallel.exchange import Exchange, in_process
+from vidgen.parallel.lanes.clip import SplitClips
+from vidgen.parallel.lanes.exchange import Exchange, in_process
 from vidgen.sparsity.making import make_policy
 from vidgen.sparsity.settings import SparsitySettings
 

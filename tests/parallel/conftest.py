@@ -19,14 +19,14 @@ from vidgen.denoise.lending import Lent
 from vidgen.denoise.lockstep import ClipAttention
 from vidgen.denoise.loop import FinishedBlock, LoopState, Task
 from vidgen.model.dit import DiT
-from vidgen.parallel.clip import SplitClips
-from vidgen.parallel.exchange import Exchange, in_process
 from vidgen.parallel.first import FirstStage, OfferedChange, attending_of, default_in_flight
-from vidgen.parallel.lane import Lane
-from vidgen.parallel.lead import Follower, Lead, Leader
+from vidgen.parallel.lanes.clip import SplitClips
+from vidgen.parallel.lanes.exchange import Exchange, in_process
+from vidgen.parallel.lanes.lane import Lane
+from vidgen.parallel.lanes.lead import Follower, Lead, Leader
+from vidgen.parallel.lanes.sequence import SplitSequence
 from vidgen.parallel.pipeline import LaterStage, Links, StageRun
 from vidgen.parallel.place import fill, strip
-from vidgen.parallel.sequence import SplitSequence
 from vidgen.parallel.shapes import Shapes
 from vidgen.parallel.shares import join, sequence_index, share
 from vidgen.parallel.topology import Axis, Lanes, Stage, Topology, parts
@@ -111,8 +111,8 @@ def cut(model: DiT, stage: Stage) -> DiT:
 
 
 def _with_models(task: Task, models: tuple[DiT, ...]) -> Task:
-    second = models[1] if len(models) > 1 else None
-    return replace(task, model=models[0], second_model=second, texts=copy.deepcopy(task.texts))
+    first, *rest = models
+    return replace(task, model=first, second_model=rest[0] if rest else None, texts=copy.deepcopy(task.texts))
 
 
 def lane_of(stage: Stage, task: Task, exchanges: dict[Any, Any], tokens_per_frame: int) -> Lane:

@@ -14,8 +14,9 @@ from vidgen.denoise.timetable import dualparal, full
 from vidgen.limits import memory_bytes
 from vidgen.model.context import Context
 from vidgen.model.dit import DiT, DiTConfig
-from vidgen.parallel.cost_model import CostModel
-from vidgen.parallel.hardware import (
+from vidgen.parallel.place import strip
+from vidgen.parallel.planner.cost_model import CostModel
+from vidgen.parallel.planner.hardware import (
     Hardware,
     LinkRate,
     Rate,
@@ -24,10 +25,8 @@ from vidgen.parallel.hardware import (
     parse_hardware,
     profile_names,
 )
-from vidgen.parallel.memory_model import rank_memory
-from vidgen.parallel.place import strip
-from vidgen.parallel.topology import Lanes, Topology
-from vidgen.parallel.work import (
+from vidgen.parallel.planner.memory_model import rank_memory
+from vidgen.parallel.planner.work import (
     Film,
     end_flops,
     first_channels,
@@ -37,7 +36,8 @@ from vidgen.parallel.work import (
     linear_flops,
     out_channels,
 )
-from vidgen.parallel.workload import Item
+from vidgen.parallel.simulation.workload import Item
+from vidgen.parallel.topology import Lanes, Topology
 from vidgen.types import ContextMode, Recommended
 
 TINY = DiTConfig(latent_channels=8, width=24, num_layers=3, num_heads=4, ffn_width=40, text_width=16)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vidgen.parallel.exchange import Exchange, in_process
+from vidgen.parallel.lanes.exchange import Exchange, in_process
 from vidgen.parallel.transport import TransportError
 
 SHORT_S = 0.2

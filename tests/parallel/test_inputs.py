@@ -164,7 +164,7 @@ def record_pipeline(
             patch.setattr(stage, "work", partial(work, stage.work))
             listen(stage.models[0], stage.stage.layers, now, recording, patch)
 
-        patch.setattr(first, "take_step", partial(take_step, first.take_step))
+        patch.setattr(loop, "take_step", partial(take_step, loop.take_step))
         finished: list[FinishedBlock] = pipeline(task, cut, hook=hook, **options).watched.blocks
     assert [block.block.index for block in finished] == list(range(task.timetable.num_blocks))
     for index in range(task.timetable.num_blocks):

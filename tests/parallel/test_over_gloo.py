@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vidgen.kernels.attention.api import attention
-from vidgen.parallel.exchange import Exchange
-from vidgen.parallel.sequence import SplitSequence
+from vidgen.parallel.lanes.exchange import Exchange
+from vidgen.parallel.lanes.sequence import SplitSequence
+from vidgen.parallel.lanes.torch_exchange import TAGS, open_exchange
 from vidgen.parallel.topology import Lanes
-from vidgen.parallel.torch_exchange import TAGS, open_exchange
 from vidgen.parallel.torch_links import connect, listen
 from vidgen.parallel.transport import TransportError
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from vidgen.config import parse_job, resolve
 from vidgen.denoise.timetable import dualparal
 from vidgen.model.dit import DiTConfig
-from vidgen.parallel.cost_model import CostModel
-from vidgen.parallel.hardware import Hardware, LinkRate, Rate
-from vidgen.parallel.plan import Planned, best, examine, plans, topologies
-from vidgen.parallel.reasons import reasons, why
-from vidgen.parallel.schemes import Scheme, schemes
+from vidgen.parallel.planner.cost_model import CostModel
+from vidgen.parallel.planner.hardware import Hardware, LinkRate, Rate
+from vidgen.parallel.planner.plan import Planned, best, examine, plans, topologies
+from vidgen.parallel.planner.reasons import reasons, why
+from vidgen.parallel.planner.schemes import Scheme, schemes
+from vidgen.parallel.planner.work import Film
+from vidgen.parallel.simulation.workload import Item
 from vidgen.parallel.topology import Lanes
-from vidgen.parallel.work import Film
-from vidgen.parallel.workload import Item
 from vidgen.planning import make_clips, make_timetable
 from vidgen.types import ContextMode, Recommended
 

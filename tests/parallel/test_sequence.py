@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from vidgen.kernels.attention.api import attention
 from vidgen.model.context import Context, KeyValue
 from vidgen.model.dit import DiT, DiTConfig
-from vidgen.parallel.sequence import SplitSequence
-from vidgen.parallel.splits import DIMS, SCHEME, Cut
+from vidgen.parallel.lanes.sequence import SplitSequence
+from vidgen.parallel.lanes.splits import DIMS, SCHEME, Cut
 from vidgen.parallel.topology import Lanes, parts
 from vidgen.parallel.transport import TransportError
 

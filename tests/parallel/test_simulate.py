@@ -17,11 +17,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vidgen.denoise.timetable import Timetable, autoregressive, dualparal, full, moving_buffer, pipefusion
-from vidgen.parallel import simulate as simulator
-from vidgen.parallel.attempt import Attempt
-from vidgen.parallel.simulate import Faults, Item, Link, Work, simulate
+from vidgen.parallel.simulation import simulate as simulator
+from vidgen.parallel.simulation.attempt import Attempt
+from vidgen.parallel.simulation.simulate import Faults, Item, Link, Work, simulate
+from vidgen.parallel.simulation.traced import work_from_trace
 from vidgen.parallel.slots import least_slots
-from vidgen.parallel.traced import work_from_trace
 from vidgen.types import ContextMode
 
 RECOMPUTE, CACHE = ContextMode.RECOMPUTE, ContextMode.CACHE
@@ -350,5 +350,5 @@ def test_a_setting_out_of_range_is_named(make: Any, name: str):
 
 
 def test_the_simulator_needs_no_torch():
-    code = "import sys, vidgen.parallel.simulate; sys.exit('torch' in sys.modules)"
+    code = "import sys, vidgen.parallel.simulation.simulate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vidgen.kernels.attention.api import attention
 from vidgen.kernels.attention.layout import BlockLayout
-from vidgen.parallel.exchange import Exchange, in_process
-from vidgen.parallel.sequence import SplitSequence
+from vidgen.parallel.lanes.exchange import Exchange, in_process
+from vidgen.parallel.lanes.sequence import SplitSequence
 from vidgen.parallel.topology import Lanes
 
 LIMIT_S = 10.0

@@ -24,10 +24,16 @@ from vidgen.kernels.attention.api import attention
 from vidgen.limits import available_memory_bytes
 from vidgen.model.context import Context, KeyValue
 from vidgen.model.dit import Conditioning, DiT
-from vidgen.parallel.hardware import Hardware, LinkRate, Rate
 from vidgen.parallel.place import strip
+from vidgen.parallel.planner.hardware import Hardware, LinkRate, Rate
+from vidgen.parallel.planner.work import (
+    attention_flops,
+    end_flops,
+    first_channels,
+    linear_flops,
+    out_channels,
+)
 from vidgen.parallel.topology import Stage
-from vidgen.parallel.work import attention_flops, end_flops, first_channels, linear_flops, out_channels
 from vidgen.planning import Plan
 from vidgen.sections import MAX_RANKS
 

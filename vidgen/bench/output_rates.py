@@ -16,7 +16,7 @@ from torch import Tensor
 from vidgen.engine import Engine
 from vidgen.journal import Journal
 from vidgen.media.sink import open_sink
-from vidgen.parallel.hardware import Rate
+from vidgen.parallel.planner.hardware import Rate
 from vidgen.planning import Plan
 
 READINGS = 9

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.bench.rendering import PROMPT
-from vidgen.parallel.hardware import Hardware
+from vidgen.parallel.planner.hardware import Hardware
 
 TIMEOUT_S = 1800
 ALLOWED = (0.85, 1.15)  # predicted over measured
@@ -107,7 +107,7 @@ def predict(hardware: Hardware, case: PlanCase, num_frames: int, num_steps: int)
     from vidgen.choosing import film_of, own_scheme
     from vidgen.config import parse_job
     from vidgen.engine import Engine
-    from vidgen.parallel.plan import examine
+    from vidgen.parallel.planner.plan import examine
     from vidgen.parallel.topology import Lanes
     from vidgen.planning import resolve_job
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vidgen.parallel.hardware import LinkRate
+from vidgen.parallel.planner.hardware import LinkRate
 from vidgen.parallel.rank import peak_memory_bytes
 from vidgen.parallel.shared_links import SharedIncoming, SharedOutgoing
 from vidgen.parallel.transport import Header, Kind, MessageLayout

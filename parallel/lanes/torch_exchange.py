@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vidgen.parallel.exchange import Exchange
+from vidgen.parallel.lanes.exchange import Exchange
 from vidgen.parallel.topology import AXES, Axis
 from vidgen.parallel.torch_links import BACK_TAG, FORWARD_TAG, lost, naming, world
 from vidgen.parallel.transport import late

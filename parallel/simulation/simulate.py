@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from vidgen.denoise.timetable import Timetable
-from vidgen.parallel.attempt import Attempt, Course
-from vidgen.parallel.row import FAILURES, NS, Row, nanoseconds
-from vidgen.parallel.workload import NONE, Faults, Item, Link, Run, Work
+from vidgen.parallel.simulation.attempt import Attempt, Course
+from vidgen.parallel.simulation.row import FAILURES, NS, Row, nanoseconds
+from vidgen.parallel.simulation.workload import NONE, Faults, Item, Link, Run, Work
 
 __all__ = ["NONE", "Faults", "Item", "Link", "Run", "Work", "simulate"]
 

@@ -10,16 +10,16 @@ from functools import lru_cache
 from typing import Any
 
 from vidgen.denoise.timetable import Timetable
-from vidgen.parallel.attempt import Course
-from vidgen.parallel.cost_model import CostModel
 from vidgen.parallel.first import default_in_flight
-from vidgen.parallel.hardware import Hardware
 from vidgen.parallel.links import DEPTH_BYTES, DEPTHS
-from vidgen.parallel.memory_model import Memory, rank_memory
-from vidgen.parallel.schemes import Scheme
-from vidgen.parallel.simulate import Item, Link, Run, Work, simulate
+from vidgen.parallel.planner.cost_model import CostModel
+from vidgen.parallel.planner.hardware import Hardware
+from vidgen.parallel.planner.memory_model import Memory, rank_memory
+from vidgen.parallel.planner.schemes import Scheme
+from vidgen.parallel.planner.work import Film, attention_flops, linear_flops
+from vidgen.parallel.simulation.attempt import Course
+from vidgen.parallel.simulation.simulate import Item, Link, Run, Work, simulate
 from vidgen.parallel.topology import AXES, Lanes, Topology
-from vidgen.parallel.work import Film, attention_flops, linear_flops
 
 SETTLING = 3  # rounds until how busy ranks are and how much they slow each other agree
 GIB = 2**30

@@ -14,9 +14,9 @@ from vidgen.kernels.attention.api import attention
 from vidgen.kernels.attention.cut import cut
 from vidgen.kernels.attention.layout import BlockLayout
 from vidgen.kernels.attention.merge import merge
-from vidgen.parallel.exchange import Exchange
-from vidgen.parallel.runs import runs_of
-from vidgen.parallel.splits import SCHEME, Held, move
+from vidgen.parallel.lanes.exchange import Exchange
+from vidgen.parallel.lanes.runs import runs_of
+from vidgen.parallel.lanes.splits import SCHEME, Held, move
 
 # B batch, F frames, S tokens of a frame, Q queries, K keys at hand, H heads, D head dimension
 

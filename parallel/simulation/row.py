@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vidgen.parallel.workload import Faults, Item, Work
+from vidgen.parallel.simulation.workload import Faults, Item, Work
 
 Times = NDArray[np.int64]  # whole nanoseconds
 NS = 1_000_000_000

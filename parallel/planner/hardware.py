@@ -1,7 +1,7 @@
 """What a machine can do: rates that the planner's cost model needs, read from a profile.
 
-A profile is a YAML file. Those in parallel/profiles come from public specifications; `vidgen bench calibrate`
-writes one from measurements of the machine at hand.
+A profile is a YAML file. Those in parallel/planner/profiles come from public specifications;
+`vidgen bench calibrate` writes one from measurements of the machine at hand.
 """
 
 import math

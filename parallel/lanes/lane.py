@@ -11,7 +11,7 @@ from vidgen.denoise.lockstep import Inner
 from vidgen.kernels.attention.layout import BlockLayout
 from vidgen.model.layers import Attend
 from vidgen.model.part import Part
-from vidgen.parallel.exchange import Exchange
+from vidgen.parallel.lanes.exchange import Exchange
 
 # B batch, F latent frames, S tokens per frame, D width, C channels, Y X rows and columns
 

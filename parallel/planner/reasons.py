@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from vidgen.parallel.plan import Planned
+from vidgen.parallel.planner.plan import Planned
 
 MUCH_WAITING = 0.15  # of a layer's time, more than the winner's
 MUCH_WORK = 1.15  # times the winner's

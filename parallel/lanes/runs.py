@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vidgen.kernels.attention.cut import tokens_of
-from vidgen.parallel.exchange import Exchange
+from vidgen.parallel.lanes.exchange import Exchange
 from vidgen.parallel.topology import parts
 
 # B batch, F frames, S tokens of a frame, H heads, D head dimension, L tokens of a run

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from vidgen.denoise.timetable import Timetable
-from vidgen.parallel.attempt import item_of
-from vidgen.parallel.workload import Item, Work
+from vidgen.parallel.simulation.attempt import item_of
+from vidgen.parallel.simulation.workload import Item, Work
 
 
 def work_from_trace(timetable: Timetable, evidence: dict[str, Any], spans_file: Path, **options: Any) -> Work:

@@ -13,9 +13,9 @@ from vidgen.kernels.attention.api import attention
 from vidgen.kernels.attention.cut import heads
 from vidgen.kernels.attention.layout import BlockLayout
 from vidgen.model.layers import Attend
-from vidgen.parallel.exchange import Exchange
-from vidgen.parallel.ring import attend_blocks, attend_dense
-from vidgen.parallel.splits import SCHEME, Held, move
+from vidgen.parallel.lanes.exchange import Exchange
+from vidgen.parallel.lanes.ring import attend_blocks, attend_dense
+from vidgen.parallel.lanes.splits import SCHEME, Held, move
 from vidgen.parallel.topology import parts
 
 # B batch, F frames, S tokens of a frame, Q queries, K keys, H heads, D width (of a head after H)

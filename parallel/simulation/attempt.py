@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidgen.denoise.timetable import Forward, Timetable
-from vidgen.parallel.row import Load, Row, Times, nanoseconds, served
-from vidgen.parallel.workload import Item, Work
+from vidgen.parallel.simulation.row import Load, Row, Times, nanoseconds, served
+from vidgen.parallel.simulation.workload import Item, Work
 
 ALWAYS = -(2**61)  # at hand before anything
 NEVER_SENT = -(2**40)

@@ -8,9 +8,8 @@ whole windows and projects whole frames.
 from dataclasses import dataclass
 
 from vidgen.denoise.lockstep import Clips
-from vidgen.parallel.hardware import Hardware
-from vidgen.parallel.topology import Lanes, Topology, balanced
-from vidgen.parallel.work import (
+from vidgen.parallel.planner.hardware import Hardware
+from vidgen.parallel.planner.work import (
     Film,
     attention_flops,
     end_flops,
@@ -19,7 +18,8 @@ from vidgen.parallel.work import (
     out_channels,
     share,
 )
-from vidgen.parallel.workload import Item
+from vidgen.parallel.simulation.workload import Item
+from vidgen.parallel.topology import Lanes, Topology, balanced
 
 FLOAT_BYTES = 4
 NOISE_ROWS = 7  # vectors of the model's width per frame that go with a message's tokens

@@ -7,7 +7,7 @@ from vidgen.denoise.lockstep import Clips
 from vidgen.denoise.timetable import Timetable
 from vidgen.model.dit import DiTConfig
 from vidgen.model.dtypes import DTYPES
-from vidgen.parallel.workload import Item
+from vidgen.parallel.simulation.workload import Item
 from vidgen.types import ContextMode
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vidgen.denoise.lockstep import ClipAttention, Inner, dense
-from vidgen.parallel.exchange import Exchange
+from vidgen.parallel.lanes.exchange import Exchange
 from vidgen.parallel.topology import parts
 
 # B batch, F frames, S tokens per frame (at hand), Q query tokens, K key tokens, H heads, D head width

@@ -4,17 +4,17 @@ from dataclasses import dataclass, fields
 from math import ceil
 
 from vidgen.denoise.timetable import Timetable
-from vidgen.parallel.cost_model import FLOAT_BYTES, CostModel
 from vidgen.parallel.links import DEPTH_BYTES, DEPTHS
-from vidgen.parallel.topology import Stage, Topology
-from vidgen.parallel.work import (
+from vidgen.parallel.planner.cost_model import FLOAT_BYTES, CostModel
+from vidgen.parallel.planner.work import (
     first_parameters,
     largest_item,
     last_parameters,
     layer_parameters,
     share,
 )
-from vidgen.parallel.workload import Item
+from vidgen.parallel.simulation.workload import Item
+from vidgen.parallel.topology import Stage, Topology
 from vidgen.types import ContextMode
 
 HIDDEN_COPIES = 24  # tensors of the width of the model alive in a layer; see vidgen/limits.py

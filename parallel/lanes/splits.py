@@ -11,8 +11,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from vidgen.parallel.exchange import Exchange
-from vidgen.parallel.runs import Runs
+from vidgen.parallel.lanes.exchange import Exchange
+from vidgen.parallel.lanes.runs import Runs
 from vidgen.parallel.topology import Axis
 
 # B batch, F frames, S tokens of a frame, H heads, D width (of a head after H)

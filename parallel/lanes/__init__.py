@@ -1,0 +1,1 @@
+"""How ranks that hold the same layers share a forward: tokens, heads, branches of guidance, clips."""

@@ -1,0 +1,1 @@
+"""A render on ranks as discrete events, from the same timetables."""
