@@ -7,7 +7,7 @@ from vidgen.config import JobConfig
 from vidgen.denoise.guidance import num_branches
 from vidgen.families.family import Family
 from vidgen.parallel.planner.hardware import Hardware
-from vidgen.parallel.planner.plan import Planned, plans
+from vidgen.parallel.planner.plan import Planned, best, plans
 from vidgen.parallel.planner.schemes import Scheme, schemes
 from vidgen.parallel.planner.work import Film
 from vidgen.planning import make_clips, make_timetable
@@ -32,6 +32,16 @@ def plans_of(
     """
     found = schemes_of(family, job, lossy=lossy) if any_scheme else [own_scheme(family, job)]
     return plans(film_of(family, job), hardware, num_ranks, found)
+
+
+def choose(family: Family, job: JobConfig, most_ranks: int, hardware: Hardware) -> Planned:
+    """The quickest way to render a resolved job's own video: on its ranks, or on any number up to the most.
+
+    ValueError when none fits.
+    """
+    counts = range(1, most_ranks + 1) if job.parallel.ranks == "auto" else [most_ranks]
+    found = [plan for count in counts for plan in plans_of(family, job, hardware, count, any_scheme=False)]
+    return best(found)
 
 
 def film_of(family: Family, job: JobConfig) -> Film:

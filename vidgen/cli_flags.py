@@ -106,6 +106,8 @@ FLAGS = (
     ),
     Flag("attention.sparsity.recall", "--recall", "X", "adaspa: share of attention kept (default: 0.95)"),
     Flag("parallel.ranks", "--ranks --num-gpus", "N|auto", "processes that share the work (default: 1)"),
+    Flag("parallel.scheme", "--scheme", "given|auto", "auto: the planner says how ranks share the work"),
+    Flag("parallel.hardware", "--hardware", "NAME|FILE", "what the planner takes this machine for"),
     Flag("parallel.ulysses", "--ulysses --ulysses_degree", "N", "ranks that share tokens and heads"),
     Flag("parallel.ring", "--ring --ring_degree", "N", "ranks that share tokens and pass keys around"),
     Flag("parallel.guidance", "--cfg-parallel", "1|2", "2: guidance branches on ranks of their own"),

@@ -20,9 +20,6 @@ MUCH_DECODING = 0.5
 def plan(
     *,
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="832x480 or 832*480")] = None,
-    hardware: Annotated[
-        str, typer.Option("--hardware", metavar="h200|h100|4090|cpu|FILE", help="a profile, or one's file")
-    ] = "cpu",
     top: Annotated[int, typer.Option("--top", metavar="K", help="plans to show", min=1)] = 12,
     lossy: Annotated[bool, typer.Option("--lossy", help="also approximations, such as pipefusion")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object with every plan")] = False,
@@ -43,7 +40,7 @@ def plan(
     job = build_job(asked, config=None, segments=None, size=parse_size(size) if size is not None else {})
     if job.parallel.ranks == "auto":
         raise ValueError("--ranks auto: a plan is for a number of ranks; give one, such as --ranks 8")
-    machine = load_hardware(hardware)
+    machine = load_hardware(job.parallel.hardware or "cpu")
     engine = Engine.from_pretrained(job.model, dtype=job.dtype, with_dit=False)
     resolved = resolve_job(engine.family, job, engine.sparsity)
     is_any = job.queue.timetable is None

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -181,7 +182,7 @@ def lanes_of(parallel: ParallelConfig) -> Lanes:
 def check_parallel(parallel: ParallelConfig, num_layers: int) -> None:
     """ValueError in one line for ranks that this model cannot be cut over."""
     cut, num_lanes = parallel.layers_per_rank, lanes_of(parallel).num_lanes
-    if parallel.ranks == "auto":
+    if parallel.ranks == "auto" or parallel.scheme == "auto":
         return
     num_stages, rest = divmod(parallel.ranks, num_lanes)
     if rest or not num_stages:
@@ -259,6 +260,28 @@ def check_backend(job: JobConfig, head_dim: int, device: Device) -> None:
         logging.getLogger(__name__).warning("attention backend %s: for comparing, not for speed", name)
 
 
+def _planned(engine: Engine, plan: Plan) -> Plan:
+    """The plan on ranks that share the work as the planner chooses, on this machine or at the address."""
+    from vidgen.choosing import choose
+    from vidgen.parallel.cluster import local_ranks, wanted_address
+    from vidgen.parallel.planner.hardware import load_hardware, profile_of
+
+    job, parallel = plan.job, plan.job.parallel
+    if parallel.ranks == "auto" and wanted_address(parallel.address) is not None:
+        raise ValueError(
+            "ranks=auto with scheme=auto and an address: say how many ranks the cluster is to give"
+        )
+    most = local_ranks() if parallel.ranks == "auto" else parallel.ranks
+    hardware = load_hardware(parallel.hardware or profile_of(choose_device(job.device)))
+    choice = choose(engine.family, job, most, hardware)
+    logging.getLogger(__name__).warning(
+        "plan: %d ranks by %s, about %.0f s on %s", choice.topology.num_ranks, choice.kind, choice.seconds,
+        hardware.name,
+    )  # fmt: skip
+    chosen = parallel.model_copy(update=choice.job_settings()["parallel"])
+    return replace(plan, job=job.model_copy(update={"parallel": chosen}))
+
+
 @contextmanager
 def executor(engine: Engine, plan: Plan, folder: Path, gangs: "Gangs | None" = None) -> Iterator[Executor]:
     """Who runs the plan; Ray is connected within, if it takes more than one rank. ValueError in one line.
@@ -267,6 +290,8 @@ def executor(engine: Engine, plan: Plan, folder: Path, gangs: "Gangs | None" = N
     """
     from vidgen.parallel.cluster import connected, has_gpus, local_ranks, offered_ranks, wanted_address
 
+    if plan.job.parallel.scheme == "auto":
+        plan = _planned(engine, plan)
     parallel, dit = plan.job.parallel, engine.config
     num_layers, head_dim = dit.num_layers, dit.width // dit.num_heads
     address, ranks = wanted_address(parallel.address), parallel.ranks

@@ -166,6 +166,11 @@ class ParallelConfig(Strict):
 
     ranks: Annotated[int | Literal["auto"], BeforeValidator(_check_ranks)] = 1
     """Processes that share the model's layers; `auto` takes what the cluster or this machine offers."""
+    scheme: Literal["given", "auto"] = "given"
+    """`auto`: the planner chooses how the ranks share the work, and with `ranks: auto` how many there are;
+    the video stays the same. See `vidgen plan`."""
+    hardware: Text | None = None
+    """What the planner takes this machine for: a profile's name or file; by default that of the device."""
     layers_per_rank: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """The cut of the layers by hand; by default it is made from measured costs."""
     ulysses: int = Field(default=1, ge=1, le=MAX_RANKS)
@@ -198,6 +203,10 @@ class ParallelConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        axes = [axis for axis in ("ulysses", "ring", "guidance", "clip") if getattr(self, axis) > 1]
+        if self.scheme == "auto" and (axes or self.layers_per_rank):
+            given = ", ".join([*axes, *(["layers_per_rank"] if self.layers_per_rank else [])])
+            raise ValueError(f"scheme=auto chooses {given}: leave out one or the other")
         if self.min_ranks is not None and self.ranks != "auto" and self.min_ranks > max(self.ranks, 2):
             raise ValueError(f"min_ranks={self.min_ranks} is more than ranks={self.ranks}; make it less")
         return self

@@ -119,6 +119,21 @@ def profile_names() -> list[str]:
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
+def profile_of(device: str) -> str:
+    """The name of the profile for a device of this machine. ValueError for a GPU that there is none for."""
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    gpu = torch.cuda.get_device_name().lower()
+    known = next((name for name in profile_names() if name in gpu), None)
+    if known is None:
+        raise ValueError(
+            f"hardware: no profile for {gpu}; measure one with `vidgen bench calibrate -o FILE`, give FILE"
+        )
+    return known
+
+
 def load_hardware(name: str) -> Hardware:
     """The profile of that name, or in that file. ValueError in one line for neither, or a broken one."""
     import yaml

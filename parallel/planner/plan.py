@@ -17,7 +17,7 @@ from vidgen.parallel.planner.hardware import Hardware
 from vidgen.parallel.planner.memory_model import Memory, rank_memory
 from vidgen.parallel.planner.schemes import Scheme
 from vidgen.parallel.planner.work import Film, attention_flops, linear_flops
-from vidgen.parallel.simulation.attempt import Course
+from vidgen.parallel.simulation.attempt import course_of
 from vidgen.parallel.simulation.simulate import Item, Link, Run, Work, simulate
 from vidgen.parallel.topology import AXES, Lanes, Topology
 
@@ -198,7 +198,7 @@ def _decode_s(model: CostModel, timetable: Timetable, slow: float) -> float:
 @lru_cache(maxsize=64)
 def _counts(timetable: Timetable, runs: int) -> dict[Item, int]:
     """How often the model runs on windows of each size."""
-    course = Course(timetable, Work(stage_s=lambda item: [0.0], runs_at=lambda step: runs))
+    course = course_of(timetable, (runs,) * timetable.num_steps)
     return {item: int(count) for item, count in zip(course.kinds, course.counts(), strict=True)}
 
 

@@ -6,14 +6,16 @@ when things are at hand and how long they take. Times are whole nanoseconds, so 
 pattern are seen to repeat it exactly, and the rest of the pattern needs no working out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.parallel.simulation.row import Load, Row, Times, nanoseconds, served
-from vidgen.parallel.simulation.workload import Item, Work
+from vidgen.parallel.simulation.workload import Item
 
 ALWAYS = -(2**61)  # at hand before anything
 NEVER_SENT = -(2**40)
@@ -45,8 +47,8 @@ def item_of(timetable: Timetable, forward: Forward) -> Item:
 class Course:
     """The ticks of a timetable as items. In steady ones a tick is as the one a stride earlier was."""
 
-    def __init__(self, timetable: Timetable, work: Work) -> None:
-        self.timetable, self.work = timetable, work
+    def __init__(self, timetable: Timetable, runs: Sequence[int]) -> None:
+        self.timetable, self.runs = timetable, runs  # of the model, of each step
         self.kinds: dict[Item, int] = {}
         steps, stride = timetable.num_steps, timetable.stride
         # from the tick after the third block has become the oldest, until the last one enters
@@ -80,11 +82,11 @@ class Course:
         return self.timetable.num_blocks if is_over else self.timetable.live(tick).start
 
     def _items(self, tick: int) -> TickItems:
-        timetable, runs_at = self.timetable, self.work.runs_at
+        timetable, runs = self.timetable, self.runs
         came: dict[tuple[int, int], int] = {}  # (block, steps done) -> items of the last tick until then
         count = 0
         for forward in timetable.forwards(tick - 1) if tick else ():
-            count += runs_at(forward.step)
+            count += runs[forward.step]
             came |= {(block, step + 1): count for block, step in forward.parts}
         rows = []
         for forward in timetable.forwards(tick):
@@ -96,10 +98,16 @@ class Course:
             kind = item_of(timetable, forward)
             number = self.kinds.setdefault(kind, len(self.kinds))
             finishes = sum(step + 1 == timetable.num_steps for _, step in forward.parts)
-            for left in reversed(range(runs_at(forward.step))):
+            for left in reversed(range(runs[forward.step])):
                 rows.append((number, need, not left, 0 if left else finishes))
         kinds_n, needs_n, ends_n, finishes_n = np.array(rows, np.int64).T
         return TickItems(kinds_n, needs_n, ends_n.astype(bool), finishes_n)
+
+
+@lru_cache(maxsize=32)
+def course_of(timetable: Timetable, runs: tuple[int, ...]) -> Course:
+    """The course of a timetable; the same one for each of many simulations."""
+    return Course(timetable, runs)
 
 
 class Attempt:

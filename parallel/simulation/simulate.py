@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vidgen.denoise.timetable import Timetable
-from vidgen.parallel.simulation.attempt import Attempt, Course
+from vidgen.parallel.simulation.attempt import Attempt, Course, course_of
 from vidgen.parallel.simulation.row import FAILURES, NS, Row, nanoseconds
 from vidgen.parallel.simulation.workload import NONE, Faults, Item, Link, Run, Work
 
@@ -26,7 +26,7 @@ def simulate(timetable: Timetable, work: Work, faults: Faults = NONE, seed: int 
 
     ValueError when failures come faster than states can be saved.
     """
-    course = Course(timetable, work)
+    course = course_of(timetable, tuple(work.runs_at(step) for step in range(timetable.num_steps)))
     row = Row(work, faults, seed, list(course.kinds))
     num_ranks = row.num_stages * work.num_lanes + work.decodes_apart
     failures = _failures(faults.failures_per_rank_hour * num_ranks, seed)

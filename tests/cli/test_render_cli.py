@@ -100,6 +100,8 @@ def test_canonical_flags_reach_the_job(run: Run):
         },
         "parallel": {
             "ranks": 1,
+            "scheme": "given",
+            "hardware": None,
             "layers_per_rank": None,
             "ulysses": 1,
             "ring": 1,
