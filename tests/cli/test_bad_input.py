@@ -149,7 +149,12 @@ CASES = (
     of_flag("zero stride", "--stride", 0, says=("queue.stride='0'", "equal to 1")),
     of_flag("stride over steps", "--stride", 21, says=("stride=21", "1 to 20")),
     of_flag("anchor over block", "--anchor-frames", 5, says=("anchor_frames=5", "0 to 4")),
-    of_flag("timetable", "--timetable", "fast", says=("timetable='fast'", "'dualparal' or 'full'")),
+    of_flag(
+        "timetable",
+        "--timetable",
+        "fast",
+        says=("timetable='fast'", "'dualparal'", "'lockstep' or 'pipefusion'"),
+    ),
     of_flag("mode", "--context-mode", "both", says=("context_mode='both'", "'recompute' or 'cache'")),
     of_flag("noise", "--noise", "pink", says=("noise='pink'", "'pool' or 'independent'")),
     of_flag("transition", "--transition-blocks", -1, says=("transition_blocks='-1'", "equal to 0")),

@@ -149,8 +149,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, jobs: Any) -> dict[str, byte
 def test_a_driver_killed_again_and_again_leaves_no_process_and_the_job_ends_in_the_same_bytes(
     vidgen: Vidgen, whole: dict[str, bytes], jobs: Any
 ):
-    ticks = sorted(random.Random(0).sample(range(1, 10), 3))
-    for command, ranks, tick in zip(("render", "resume", "resume"), (2, 1, 3), ticks, strict=True):
+    ticks = sorted(random.Random(0).sample(range(1, 10), 2))
+    for command, ranks, tick in zip(("render", "resume"), (2, 3), ticks, strict=True):
         run = vidgen(command, "--ranks", ranks)
         run.until("progress", tick)
         if ranks > 1:

@@ -90,12 +90,17 @@ def num_frames(video: Path) -> int:
         return sum(1 for _ in source)
 
 
+SOME_POINTS = POINTS[::2]  # the others when slow tests are asked for: each is a start of a server
+
+
 @pytest.fixture(scope="module")
-def history(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+def history(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, dict[str, dict[str, Any]]]:
     """A data folder after a server was killed at each point, one after the other; the last ended well."""
     data = tmp_path_factory.mktemp("durable") / "data"
     lives: dict[str, dict[str, Any]] = {}
-    for point in POINTS:
+    for point in SOME_POINTS if "not slow" in request.config.getoption("markexpr") else POINTS:
         with life(data, point) as killed:
             assert killed.end() == -signal.SIGKILL, (point, killed.log.read_text())
         with opened(data) as store:
@@ -107,7 +112,10 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
     return data, lives
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(point, marks=() if point in SOME_POINTS else pytest.mark.slow) for point in POINTS],
+)
 def test_killed_there_and_restarted_every_segment_and_latent_is_what_it_would_have_been(
     point: str, history: tuple[Path, dict[str, dict[str, Any]]]
 ):
