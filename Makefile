@@ -14,7 +14,7 @@ VENV := .venv
 STAMP := $(VENV)/.setup-stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test soak check bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ demo: setup  ## render configs/demo.yaml to out/demo.mp4 with the built-in model
 
 test: setup  ## run the tests (without a GPU, those marked gpu are skipped)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+soak: setup  ## run the long tests that `make test` leaves out
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
 
 check: setup  ## lint, types, sizes, import directions
 	$(VENV)/bin/python tools/check.py

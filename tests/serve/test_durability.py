@@ -100,7 +100,7 @@ def history(
     """A data folder after a server was killed at each point, one after the other; the last ended well."""
     data = tmp_path_factory.mktemp("durable") / "data"
     lives: dict[str, dict[str, Any]] = {}
-    for point in SOME_POINTS if "not slow" in request.config.getoption("markexpr") else POINTS:
+    for point in SOME_POINTS if "not slow" in str(request.config.getoption("markexpr")) else POINTS:
         with life(data, point) as killed:
             assert killed.end() == -signal.SIGKILL, (point, killed.log.read_text())
         with opened(data) as store:

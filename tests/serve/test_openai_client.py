@@ -79,3 +79,6 @@ def test_a_picture_is_sent_as_the_client_sends_files(client: openai.OpenAI) -> N
 
 def test_the_clients_list_of_models_is_the_servers(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["builtin"]
+    assert client.models.retrieve("builtin").id == "builtin"
+    with pytest.raises(openai.NotFoundError, match="this server has builtin"):
+        client.models.retrieve("sora-2")

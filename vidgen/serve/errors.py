@@ -5,7 +5,7 @@ allowed and what to do; `param` is the field at fault.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -83,6 +83,12 @@ def forbidden(message: str, code: str = "forbidden") -> ApiError:
 def not_found(id: str) -> ApiError:
     """404: no such video, or another owner's."""
     return error(404, "not_found", f"no video {shown(id)}; list yours with GET /v1/videos", "video_id")
+
+
+def unknown_model(name: str, known: Iterable[str]) -> ApiError:
+    """404: there is no such model."""
+    message = f"model={shown(name)}: this server has {', '.join(known)}"
+    return error(404, "model_not_found", message, "model")
 
 
 def conflict(message: str, code: str = "conflict") -> ApiError:

@@ -12,14 +12,14 @@ from starlette.responses import HTMLResponse, Response
 
 from vidgen.sections import Strict
 from vidgen.serve.admission import describe
-from vidgen.serve.errors import unavailable
+from vidgen.serve.errors import unavailable, unknown_model
 from vidgen.serve.http.answers import JsonResponse, errors
 from vidgen.serve.http.apipage import openapi, page
 from vidgen.serve.http.bodies import read_json
 from vidgen.serve.http.security import require
 from vidgen.serve.http.state import find, server_of
 from vidgen.serve.live.audience import audience_of
-from vidgen.serve.schema import ModelList, VideoRequest, parse_request
+from vidgen.serve.schema import ModelList, ModelObject, VideoRequest, parse_request
 
 STARTED_AT = int(time.time())
 router = APIRouter(tags=["server"])
@@ -81,6 +81,16 @@ async def models(request: Request) -> Response:
     config = server_of(request).config
     found = [await asyncio.to_thread(describe, name, config) for name in config.models]
     return JsonResponse({"object": "list", "data": [{**model, "created": STARTED_AT} for model in found]})
+
+
+@router.get("/v1/models/{name}", response_model=ModelObject, responses=errors(404))
+async def model(request: Request, name: str) -> Response:
+    """One of them."""
+    config = server_of(request).config
+    if name not in config.models:
+        raise unknown_model(name, config.models)
+    found = await asyncio.to_thread(describe, name, config)
+    return JsonResponse({**found, "created": STARTED_AT})
 
 
 @router.post(
