@@ -100,6 +100,9 @@ ROOMS: dict[str, Room] = {
             "vidgen.types",
         )
     ),
+    "vidgen.known_sizes": Room(
+        engine=("vidgen.config", "vidgen.denoise", "vidgen.model", "vidgen.parallel", "vidgen.types")
+    ),
     "vidgen.run": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.render": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.engine": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),

@@ -1,6 +1,8 @@
 """`vidgen plan`: every way to render a video on some ranks, and which one to take."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,8 +11,11 @@ from vidgen.cli_exit import OK, write_line
 from vidgen.cli_flags import build_job, parse_size, takes_job_flags
 
 if TYPE_CHECKING:
+    from vidgen.config import JobConfig
     from vidgen.parallel.planner.plan import Planned
     from vidgen.parallel.planner.reasons import Reason
+    from vidgen.parallel.planner.schemes import Scheme
+    from vidgen.parallel.planner.work import Film
 
 GIB = 2**30
 MUCH_DECODING = 0.5
@@ -22,37 +27,37 @@ def plan(
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="832x480 or 832*480")] = None,
     top: Annotated[int, typer.Option("--top", metavar="K", help="plans to show", min=1)] = 12,
     lossy: Annotated[bool, typer.Option("--lossy", help="also approximations, such as pipefusion")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode/--no-decode", help="leave out what turning latents to frames takes")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object with every plan")] = False,
     **flags: Any,
 ) -> int:
     """Compare every way to render a video on --ranks ranks: time, memory, messages; and choose one.
 
-    With --timetable only plans of that video are compared. Nothing is rendered and no weights are read.
+    With --timetable only plans of that video are compared. Nothing is rendered and no weights are read:
+    --model wan-1.3b and wan-14b are sizes that need no checkpoint.
     """
-    from vidgen.choosing import plans_of
-    from vidgen.engine import Engine
     from vidgen.parallel.planner.hardware import load_hardware
-    from vidgen.parallel.planner.plan import best
+    from vidgen.parallel.planner.plan import best, plans
     from vidgen.parallel.planner.reasons import reasons
-    from vidgen.planning import resolve_job
 
     asked = {**flags, "prompt": flags.get("prompt") or "any"}
     job = build_job(asked, config=None, segments=None, size=parse_size(size) if size is not None else {})
     if job.parallel.ranks == "auto":
         raise ValueError("--ranks auto: a plan is for a number of ranks; give one, such as --ranks 8")
     machine = load_hardware(job.parallel.hardware or "cpu")
-    engine = Engine.from_pretrained(job.model, dtype=job.dtype, with_dit=False)
-    resolved = resolve_job(engine.family, job, engine.sparsity)
-    is_any = job.queue.timetable is None
-    found = plans_of(engine.family, resolved, machine, job.parallel.ranks, any_scheme=is_any, lossy=lossy)
+    film, wanted = _film_and_schemes(job, lossy)
+    if not decode:
+        film = replace(film, pixels_per_frame=0)
+    found = plans(film, machine, job.parallel.ranks, wanted)
     choice = best(found)
     why = reasons(found, choice)
     shown = {
         "model": job.model,
-        "size": f"{resolved.width}x{resolved.height}",
-        "num_frames": resolved.num_frames,
-        "num_inference_steps": resolved.num_inference_steps,
-        "dtype": resolved.dtype,
+        "latents": f"{film.num_frames}x{film.latent_rows}x{film.latent_columns}",
+        "num_inference_steps": film.num_steps,
+        "dtype": film.dit.dtype,
         "ranks": job.parallel.ranks,
         "hardware": machine.name,
     }
@@ -65,6 +70,25 @@ def plan(
     if not machine.measured:
         write_line("stdout", f"rates of {machine.name}: {machine.source}")
     return OK
+
+
+def _film_and_schemes(job: "JobConfig", lossy: bool) -> "tuple[Film, Sequence[Scheme]]":
+    from vidgen.known_sizes import KNOWN, film_like, schemes_like
+
+    if job.model in KNOWN:
+        film = film_like(job.model, job)
+        return film, schemes_like(job.model, job, film, lossy=lossy)
+    from vidgen.choosing import film_of, own_scheme, schemes_of
+    from vidgen.engine import Engine
+    from vidgen.planning import resolve_job
+
+    engine = Engine.from_pretrained(job.model, dtype=job.dtype, with_dit=False)
+    resolved = resolve_job(engine.family, job, engine.sparsity)
+    is_any = job.queue.timetable is None
+    found = (
+        schemes_of(engine.family, resolved, lossy=lossy) if is_any else [own_scheme(engine.family, resolved)]
+    )
+    return film_of(engine.family, resolved), found
 
 
 def row(plan: "Planned") -> dict[str, Any]:

@@ -34,7 +34,7 @@ def test_the_choice_is_the_quickest_that_fits_and_uses_all_ranks(run: Run):
 def test_the_table_says_what_the_json_says(run: Run):
     found = planned(run, "--ranks", 2)
     lines = run(*ASKED, "--ranks", 2, "--top", 5).out.splitlines()
-    assert lines[0].startswith("model builtin, size 32x32, num_frames 65, num_inference_steps 4")
+    assert lines[0].startswith("model builtin, latents 17x4x4, num_inference_steps 4")
     assert lines[1].split() == "video ranks time first frame GiB a rank use sent GiB".split()
     for line, plan in zip(lines[2:7], found["plans"], strict=False):
         axes = " x ".join(f"{axis} {size}" for axis, size in plan["axes"].items() if size > 1)
@@ -106,3 +106,22 @@ def test_a_broken_profile_is_refused_in_one_line(refused: Callable[..., str]):
     assert "hardware=broken.yaml: not a YAML file" in refused(*ASKED[:-1], "broken.yaml")
     Path("broken.yaml").write_text("name: x\nflops: 3\n")
     assert "unknown key flops; known: name, source" in refused(*ASKED[:-1], "broken.yaml")
+
+
+def test_known_sizes_are_planned_without_a_checkpoint(run: Run):
+    asked = ("plan", "--model", "wan-1.3b", "--num-frames", 1025, "--ranks", 8, "--hardware", "4090")
+    ran = run(*asked, "--no-decode", "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert found["latents"] == "257x60x104" and found["num_inference_steps"] == 50
+
+    def quickest(video: str, *axes: str) -> dict[str, Any]:
+        fitting = [plan for plan in found["plans"] if plan["fits"] and plan["video"] == video]
+        return next(p for p in fitting if {axis for axis, size in p["axes"].items() if size > 1} == set(axes))
+
+    queue = quickest("dualparal P8 C8 recompute", "stages")
+    for axis in ("ulysses", "ring"):  # the paper: up to 6.54 times and 1.48 times
+        whole = quickest("full", axis)
+        assert (
+            whole["seconds"] > 3 * queue["seconds"] and whole["memory_bytes"] > 1.48 * queue["memory_bytes"]
+        )
