@@ -174,8 +174,6 @@ def _check_one_process(job: JobConfig) -> None:
     queue, only = job.queue, f"in one process only, and ranks={job.parallel.ranks}; leave one of them out"
     if queue.static_threshold is not None:
         raise ValueError(f"static_threshold={queue.static_threshold:g}: blocks are repeated {only}")
-    if queue.timetable == "buffer":
-        raise ValueError(f"timetable=buffer: all blocks run at once, {only}")
 
 
 def make_timetable(job: JobConfig, num_latent_frames: int, switch_step: int | None = None) -> Timetable:

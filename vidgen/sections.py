@@ -53,7 +53,7 @@ class QueueConfig(Strict):
     """`full` denoises all frames at once, as a plain pipeline does; by default up to the length that the
     model was trained for, and `dualparal` for longer videos. `autoregressive` finishes each block before the
     next one begins, so that another prompt shows in the next block. `buffer` runs all live blocks in one
-    window, for models that know mixed noise levels; in one process only. `fifo` is `dualparal` with blocks of
+    window, for models that know mixed noise levels. `fifo` is `dualparal` with blocks of
     one frame. Approximations of `full` for more ranks: in `lockstep` all blocks take each step together, and
     each sees the frames around it and `global_frames`; `pipefusion` runs them one after the other, and each
     sees those after it as they were a step ago."""
