@@ -193,5 +193,3 @@ def test_a_job_says_it_on_one_rank_and_its_memory_is_counted():
     assert made.task.timetable == moving_buffer(100, 4, **sizes)
     needed = [memory_bytes(p.job, engine.config, p.task.timetable, p.strides, 0) for p in (queue, made)]
     assert needed[0] < needed[1]
-    with pytest.raises(ValueError, match="^timetable=buffer: .* one process only, and ranks=2"):
-        plan("buffer", parallel={"ranks": 2})

@@ -1,7 +1,8 @@
 """The built-in codec: an orthonormal 3D DCT of 4x8x8 pixel patches that keeps the coefficients that matter.
 
 Nothing is learned but which coefficients to keep and how to scale them, read off sample clips. Every chunk of
-four frames is coded on its own, so that decoding is causal and needs no state.
+four frames is coded on its own. Decoding makes the steps between patches small; in time it looks back at one
+chunk and never ahead, so that every block can be shown as soon as it is decoded.
 """
 
 import math
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vidgen.codec.deblock import smooth_edges, smooth_join
 from vidgen.codec.protocol import CodecSizes, DecodeStream
 
 # B batch, C latent channels, F latent frames, Y X latent rows and columns
@@ -25,13 +27,18 @@ def dct_matrix(size: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DctConfig:
-    """Patch size in pixels and how many of its 3 * frames * height * width coefficients are kept."""
+    """Patch size in pixels, how many of its 3 * frames * height * width coefficients are kept, deblocking."""
 
     patch: tuple[int, int, int] = (4, 8, 8)
     num_channels: int = 128
     whitening: float = 0.5  # 0: natural spectrum, 1: every coefficient has unit variance
+    smooth_edges: float = 0.15  # in units of [-1, 1], the highest step that is smoothed between patches
+    smooth_joins: float = 0.5  # and between chunks of frames; 0: none
 
     def __post_init__(self) -> None:
+        for name in ("smooth_edges", "smooth_joins"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: need 0 (none) or more")
         most = 3 * math.prod(self.patch)
         if not 1 <= self.num_channels <= most:
             raise ValueError(f"num_channels={self.num_channels}: a patch of {self.patch} has 1 to {most}")
@@ -69,8 +76,8 @@ class DctCodec(nn.Module):
 
     @property
     def warm_up_frames(self) -> int:
-        """See Codec. No frame depends on another."""
-        return 0
+        """See Codec. A chunk is led over from the one before it."""
+        return int(self.config.smooth_joins > 0 and self.temporal_stride > 1)
 
     @property
     def temporal_stride(self) -> int:
@@ -131,20 +138,27 @@ class DctCodec(nn.Module):
         return torch.cat([first, gray.repeat(1, 1, num_gray, 1, 1)], dim=2)
 
     def decode(self, latents_BCFYX: Tensor) -> Tensor:
-        """Pixels [B, 3, frames, height, width], not clamped, where the codec is."""
-        latents_BCFYX = latents_BCFYX.to(self.mean.device)
-        batch, channels, frames, rows, columns = latents_BCFYX.shape
+        """Pixels [B, 3, frames, height, width] in [-1, 1] of a whole video, where the codec is."""
+        return self.stream().decode(latents_BCFYX)
+
+    def decode_chunk(self, latents_BCYX: Tensor) -> Tensor:
+        """Pixels [B, 3, frames, height, width] of one latent frame alone, hardly beyond [-1, 1]."""
+        latents_BCYX = latents_BCYX.to(self.mean)
+        batch, channels, rows, columns = latents_BCYX.shape
         if channels != self.num_channels:
             raise ValueError(f"latents of {channels} channels: this codec has {self.num_channels}")
         t, y, x = self.config.patch
-        coefficients = latents_BCFYX.new_zeros(batch, 3 * t * y * x, frames, rows, columns)
-        coefficients[:, self.kept] = latents_BCFYX * _per_channel(self.scale) + _per_channel(self.mean)
+        coefficients = latents_BCYX.new_zeros(batch, 3 * t * y * x, rows, columns)
+        coefficients[:, self.kept] = latents_BCYX * self.scale.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
         patches = coefficients.unflatten(1, (3, t, y, x))
         pixels = torch.einsum(
-            "bktyxfij,kc,tu,yv,xw->bcfuivjw",
+            "bktyxij,kc,tu,yv,xw->bcuivjw",
             patches, self.colour_basis, self.frame_basis, self.row_basis, self.column_basis,
         )  # fmt: skip
-        return pixels.reshape(batch, 3, frames * t, rows * y, columns * x)
+        pixels = pixels.reshape(batch, 3, t, rows * y, columns * x).clamp(-1, 1)
+        for dim, period in ((3, y), (4, x)):
+            pixels = smooth_edges(pixels, dim, period, self.config.smooth_edges)
+        return pixels
 
     def _transform(self, pixels: Tensor) -> Tensor:
         """All coefficients [B, 3*t*y*x, F, Y, X]."""
@@ -162,17 +176,32 @@ class DctCodec(nn.Module):
 
 
 class _DctDecodeStream(DecodeStream):
-    """See DecodeStream. There is nothing to remember."""
+    """See DecodeStream. It remembers one chunk, as it was before it was led over from the one before it."""
 
     def __init__(self, codec: DctCodec) -> None:
         self._codec = codec
+        self._before: Tensor | None = None
 
     def decode(self, latents_BCFYX: Tensor) -> Tensor:
-        """See DecodeStream."""
-        return self._codec.decode(latents_BCFYX).clamp(-1, 1)
+        """See DecodeStream. One latent frame at a time: other shapes would give other last bits."""
+        chunks = [self._next(latents_BCYX) for latents_BCYX in latents_BCFYX.unbind(2)]
+        return torch.cat(chunks, dim=2).clamp_(-1, 1)
 
     def warm_up(self, latents_BCFYX: Tensor) -> None:
         """See DecodeStream."""
+        if latents_BCFYX.shape[2]:
+            self._before = self._codec.decode_chunk(latents_BCFYX[:, :, -1])
+
+    def _next(self, latents_BCYX: Tensor) -> Tensor:
+        before, chunk = self._before, self._codec.decode_chunk(latents_BCYX)
+        if before is not None and before.shape != chunk.shape:
+            raise ValueError(
+                f"latents of {tuple(chunk.shape)} pixels after {tuple(before.shape)}: one stream is one video"
+            )
+        self._before = chunk
+        if before is None:
+            return chunk
+        return smooth_join(before, chunk, self._codec.config.smooth_joins)
 
 
 def _per_channel(values: Tensor) -> Tensor:
