@@ -23,7 +23,8 @@ from vidgen.parallel.actors import DecoderActor, RankActor
 from vidgen.parallel.cluster import Needs
 from vidgen.parallel.decoding import DecodeReport
 from vidgen.parallel.first import OfferedChange
-from vidgen.parallel.rank import Blueprint, Failure, Report, Whereabouts
+from vidgen.parallel.members import DECODER, Member, first_line, is_cause, why
+from vidgen.parallel.rank import Blueprint, Report
 from vidgen.parallel.shapes import Shapes
 from vidgen.parallel.shares import join, share
 from vidgen.parallel.steps import Decode, Decoded
@@ -31,7 +32,6 @@ from vidgen.parallel.topology import Lanes, Topology, balanced, by_hand
 
 POLL_EVERY_S = 0.2
 BLAME_WITHIN_S = 2.0  # after a first failure: how long the true cause may take to show
-DECODER = -1
 
 
 class GangFailed(Exception):
@@ -49,29 +49,6 @@ class GangConfig:
     lanes: Lanes = Lanes()
     heartbeat_timeout_s: float = 15.0
     start_timeout_s: float = 120.0
-
-
-@dataclass
-class Member:
-    """An actor as the gang sees it."""
-
-    index: int
-    actor: Any
-    where: Whereabouts | None = None
-    heard_s: float = 0.0  # when it last answered anything
-    ping: Any = None  # asked while the gang is at rest, and not answered yet
-    asked_s: float = 0.0  # when the poll that is not answered yet was sent
-    pending: Any = None
-    report: Report | None = None
-    lost: str | None = None  # why it will not answer any more
-
-    @property
-    def name(self) -> str:
-        return "the decoder" if self.index == DECODER else f"rank {self.index}"
-
-    def described(self) -> str:
-        """The name and, when known, where it ran."""
-        return self.name if self.where is None else f"{self.name} (pid {self.where.pid} on {self.where.host})"
 
 
 @dataclass
@@ -296,7 +273,7 @@ class Gang:
         try:
             return ray.get(reference, timeout=self.config.start_timeout_s)
         except RayError as error:
-            reason = "did not answer" if isinstance(error, TimeoutError) else _first_line(error)
+            reason = "did not answer" if isinstance(error, TimeoutError) else first_line(error)
             raise GangFailed(f"{member.described()} could not be started: {reason}") from error
 
     def _collect(self, news: News, timeout_s: float) -> None:
@@ -313,7 +290,7 @@ class Gang:
             except RayActorError:
                 member.lost = f"{member.described()} died"
             except RayError as error:
-                member.lost = f"{member.described()} does not answer: {_first_line(error)}"
+                member.lost = f"{member.described()} does not answer: {first_line(error)}"
         now = time.monotonic()
         for member in self.members:
             if member.pending is not None and now - member.asked_s > self.config.heartbeat_timeout_s:
@@ -352,39 +329,19 @@ class Gang:
     def _blame(self, news: News) -> str:
         """Who was first: a rank that is gone or broke by itself, rather than one that lost another."""
         until = time.monotonic() + BLAME_WITHIN_S
-        while time.monotonic() < until and not any(_is_cause(member) for member in self._failed()):
+        while time.monotonic() < until and not any(is_cause(member) for member in self._failed()):
             for member in self.members:
                 if member.pending is None and member.lost is None:
                     member.pending, member.asked_s = member.actor.poll.remote(), time.monotonic()
             self._collect(news, 0.2)
             time.sleep(0.05)
-        failed = sorted(self._failed(), key=lambda member: not _is_cause(member))
-        if _is_cause(failed[0]):
-            return _why(failed[0])
+        failed = sorted(self._failed(), key=lambda member: not is_cause(member))
+        if is_cause(failed[0]):
+            return why(failed[0])
         for member in self.members:  # stopped, or stuck in its work
             if member.pending is not None:
-                return f"{member.described()} does not answer; {_why(failed[0])}"
+                return f"{member.described()} does not answer; {why(failed[0])}"
             report = member.report
             if report is not None and report.failure is None and report.doing.startswith("computing"):
                 return f"{member.described()} has been {report.doing} for {report.doing_s:.0f} s"
-        return _why(failed[0])
-
-
-def _is_cause(member: Member) -> bool:
-    failure = member.report.failure if member.report is not None else None
-    return bool(member.lost) or (failure is not None and failure.peer is None)
-
-
-def _why(member: Member) -> str:
-    if member.lost:
-        return member.lost
-    assert member.report is not None and member.report.failure is not None
-    failure: Failure = member.report.failure
-    return failure.message
-
-
-def _first_line(error: BaseException) -> str:
-    """The cause of a Ray error, without its trace."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).strip().splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+        return why(failed[0])

@@ -103,6 +103,7 @@ ROOMS: dict[str, Room] = {
     "vidgen.known_sizes": Room(
         engine=("vidgen.config", "vidgen.denoise", "vidgen.model", "vidgen.parallel", "vidgen.types")
     ),
+    "vidgen.sharing": Room(engine=("vidgen.config", "vidgen.denoise", "vidgen.parallel", "vidgen.types")),
     "vidgen.run": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.render": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.engine": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),

@@ -10,12 +10,13 @@ import torch
 
 from vidgen.config import JobConfig, override_parallel
 from vidgen.engine import Engine
-from vidgen.execute import check_parallel, executor
+from vidgen.execute import executor
 from vidgen.journal import Journal, hold
 from vidgen.live import UNATTENDED, Live
 from vidgen.places import check_places, first_missing
 from vidgen.planning import Plan
 from vidgen.run import Rendered, Run
+from vidgen.sharing import check_parallel
 from vidgen.types import Progress
 
 

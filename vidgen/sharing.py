@@ -1,0 +1,69 @@
+"""How a job's ranks share its work, and which ways there are not."""
+
+from vidgen.config import ParallelConfig
+from vidgen.denoise.loop import Task
+from vidgen.parallel.topology import AXES, Lanes, by_hand, check_num_ranks
+from vidgen.types import GuidanceMode
+
+
+def lanes_of(parallel: ParallelConfig) -> Lanes:
+    """How the job's ranks share tokens, heads, branches and frames."""
+    return Lanes(**{axis: getattr(parallel, axis) for axis in AXES})
+
+
+def check_parallel(parallel: ParallelConfig, num_layers: int) -> None:
+    """ValueError in one line for ranks that this model cannot be cut over."""
+    cut, num_lanes = parallel.layers_per_rank, lanes_of(parallel).num_lanes
+    if parallel.ranks == "auto" or parallel.scheme == "auto":
+        return
+    num_stages, rest = divmod(parallel.ranks, num_lanes)
+    if rest or not num_stages:
+        wanted = " x ".join(
+            f"{axis}={getattr(parallel, axis)}" for axis in AXES if getattr(parallel, axis) > 1
+        )
+        nearest = max(1, num_stages) * num_lanes
+        raise ValueError(f"ranks={parallel.ranks}: {wanted} need a multiple of {num_lanes}; try {nearest}")
+    if cut is not None:
+        by_hand(cut, num_layers)
+        if num_stages != len(cut):
+            raise ValueError(
+                f"layers_per_rank={list(cut)} is a cut for {len(cut)} stages, and ranks={parallel.ranks}"
+                + (f" are {num_stages} in each of {num_lanes} lanes" if num_lanes > 1 else "")
+                + ": make them agree"
+            )
+    try:
+        check_num_ranks(num_stages, num_layers)
+    except ValueError as error:
+        if num_lanes == 1:
+            raise
+        raise ValueError(
+            f"ranks={parallel.ranks}: in {num_lanes} lanes are {num_stages} stages, and the model has "
+            f"{num_layers} layers, of which each needs one; take at most {num_layers * num_lanes}"
+        ) from error
+
+
+def check_lanes(task: Task, lanes: Lanes) -> None:
+    """ValueError in one line for lanes that this task cannot be shared among."""
+    if lanes.guidance > 2:
+        raise ValueError(f"guidance={lanes.guidance}: there are two branches to share; take 1 or 2")
+    if lanes.guidance == 2:
+        branches = {task.branches_at(step) for step in range(task.timetable.num_steps)}
+        if branches != {2} or task.guidance_mode == GuidanceMode.STACKED:
+            raise ValueError(
+                "guidance=2: needs two branches of guidance at every step, one by one; leave it out with "
+                "guidance_scale=1, residual_guidance or guidance=stacked"
+            )
+    if lanes.clip > 1 and task.clips is None:
+        raise ValueError(f"clip={lanes.clip}: clips are those of timetable=lockstep; leave it out")
+    if task.clips is not None and lanes.clip > task.clips.num_clips:
+        raise ValueError(
+            f"clip={lanes.clip}: the video has {task.clips.num_clips} clips of {task.clips.clip_frames} "
+            f"latent frames; take clip=1 to {task.clips.num_clips}, or a smaller block_frames"
+        )
+    searches = task.sparsity is not None and getattr(task.sparsity.policy, "searches", True)
+    if lanes.sequence > 1 and task.sparsity is not None and (searches or lanes.ring > 1):
+        axis = "ring" if lanes.ring > 1 else "ulysses"
+        raise ValueError(
+            f"{axis}={getattr(lanes, axis)} with sparsity={task.sparsity.policy.name}: "
+            "ulysses knows sparsity that does not search, ring none; leave one of them out"
+        )
