@@ -54,7 +54,12 @@ class Evidence:
         items, slots = last.get("items", 0), last.get("last_slot", 0)
         num_ranks, num_stages = attempt["num_ranks"], len(attempt["layers_per_rank"])
         attempt["slots"] = slots
-        attempt["utilisation"] = round(attempt["least_slots"] / slots, 4) if slots else 0.0
+        cache = attempt["ranks"][0].get("cache")
+        if cache is not None:
+            attempt["cache"] = cache
+        # steps that a cache skips take no slots, so that there is no bound to hold them against
+        is_bound = slots and not (cache and cache["skipped"])
+        attempt["utilisation"] = round(attempt["least_slots"] / slots, 4) if is_bound else 0.0
         attempt["bubble_share"] = round(1 - items / slots, 4) if slots else 0.0
         began = min(rank.get("began_s", 0) for rank in attempt["ranks"])
         attempt["working_s"] = round(max(rank.get("ended_s", 0) for rank in attempt["ranks"]) - began, 3)

@@ -18,13 +18,16 @@ from vidgen.conditioning.prompts import BlockTexts, PromptChange
 from vidgen.denoise.attending import Attending
 from vidgen.denoise.lending import Lent
 from vidgen.denoise.loop import BlockState, FinishedBlock, LoopState, Task, Window, make_window, take_steps
+from vidgen.denoise.skipping import decide
 from vidgen.denoise.timetable import Forward
+from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.dit import Conditioning
 from vidgen.parallel.lanes.lead import Follower, Lead, Leader, Word
 from vidgen.parallel.pipeline import GivenUp, Links, StageRun
 from vidgen.parallel.shapes import Shapes
 from vidgen.parallel.topology import Stage
 from vidgen.parallel.transport import Header, Kind
+from vidgen.stepcache.cache import Decision, Tally
 
 LOOK_EVERY_S = 0.02
 
@@ -70,7 +73,7 @@ class Watcher(Protocol):
 
 @dataclass
 class InFlight:
-    """A forward that has started; its velocities come back one run after the other."""
+    """A forward that has started; its velocities come back one run after the other, or are known already."""
 
     tick: int
     forward: Forward
@@ -78,7 +81,12 @@ class InFlight:
     window: Window
     batch: int
     is_last_of_tick: bool
+    decision: Decision | None  # of a step cache
     velocities: list[Tensor] = field(default_factory=list)
+
+    @property
+    def is_skipped(self) -> bool:
+        return self.decision is not None and self.decision.outputs is not None
 
 
 class FirstStage(StageRun):
@@ -103,6 +111,7 @@ class FirstStage(StageRun):
             lent=state.lent,
             attending=attending_of(task, stage, state.lent),
             backend=task.attention_backend,
+            may_skip=task.cache is not None,
             **options,
         )
         self.task = task
@@ -111,6 +120,7 @@ class FirstStage(StageRun):
         self.max_in_flight = max_in_flight or default_in_flight(stage.num_stages)
         self.keepalive_s, self.lead = keepalive_s, lead or Leader()
         self.num_changes = 0
+        self.tally = Tally()
         self._in_flight: deque[tuple[InFlight, Header]] = deque()
         self._came_back_slot = 0  # of the newest result, which was taken because somebody needed it
         self._lent_after: dict[int, Lent] = {}
@@ -136,7 +146,15 @@ class FirstStage(StageRun):
             window = make_window(self.task, self.blocks, forward, *owns)
             newest, step = forward.parts[-1]
             texts = self.task.run_texts(self.timetable.block(newest), step)
-            started = InFlight(tick, forward, owns, window, self.shapes.batch, forward is forwards[-1])
+            with attention_backend(self.backend):
+                decision = decide(self.task, forward, owns[0], window)
+            started = InFlight(
+                tick, forward, owns, window, self.shapes.batch, forward is forwards[-1], decision
+            )
+            self.tally(step, started.is_skipped)
+            if started.is_skipped:
+                self._skip(started, watcher)
+                continue
             self.lending.begin(forward)
             for run in self.runs(forward):
                 while len(self._in_flight) >= self.max_in_flight:
@@ -150,6 +168,17 @@ class FirstStage(StageRun):
         if self.is_saved_after(tick):
             self._lent_after[tick] = self.lending.lent.copy()
         self.next_tick = tick + 1
+
+    def _skip(self, started: InFlight, watcher: Watcher) -> None:
+        """Tell the other stages that a forward is not run; its step is taken when its turn comes."""
+        self.lending.relend(started.forward)
+        forward, run = started.forward, self.runs(started.forward)[0]
+        item = Header(Kind.SKIP, started.tick, forward.block, forward.step, run, self.stats.last_slot)
+        while len(self._in_flight) >= self.max_in_flight:
+            self._take_one(watcher)
+        if not self.stage.is_last:
+            self.send(item)
+        self._in_flight.append((started, item))
 
     def _compute(self, item: Header, started: InFlight, text: Tensor) -> tuple[Tensor, ...]:
         latents, _ = started.window.repeated(text.shape[0])
@@ -171,6 +200,11 @@ class FirstStage(StageRun):
 
     def _take_one(self, watcher: Watcher) -> None:
         """Receive the oldest item's result; with a forward's last one, take the solver's step."""
+        if self._in_flight[0][0].is_skipped:
+            started, _ = self._in_flight.popleft()
+            assert started.decision and started.decision.outputs
+            self._take_steps(started, started.decision.outputs, watcher)
+            return
         header, buffer = self.receive()
         started, item = self._in_flight.popleft()
         if not header.same_item(item):
@@ -181,10 +215,11 @@ class FirstStage(StageRun):
         window = started.window.own_frames()
         velocity = self.model_at(item).velocity(out, *window.repeated(started.batch))
         started.velocities.extend(velocity.split(1))
-        if item.run != self.runs(started.forward)[-1]:
-            return
-        velocities = self.lane.all_branches(started.velocities)
-        stepped = take_steps(self.task, started.forward, started.owns, velocities)
+        if item.run == self.runs(started.forward)[-1]:
+            self._take_steps(started, self.lane.all_branches(started.velocities), watcher)
+
+    def _take_steps(self, started: InFlight, velocities: Sequence[Tensor], watcher: Watcher) -> None:
+        stepped = take_steps(self.task, started.forward, started.owns, velocities, started.decision)
         self.blocks |= stepped
         for block, state in sorted(stepped.items()):
             if state.steps_done == self.timetable.num_steps:

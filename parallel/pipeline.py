@@ -84,6 +84,7 @@ class StageRun:
         lent: Lent | None = None,
         attending: Attending | None = None,
         backend: str | None = None,
+        may_skip: bool = False,
         state_every: int = 0,
         trace: bool = True,
         given_up: threading.Event | None = None,
@@ -91,7 +92,8 @@ class StageRun:
         self.given_up = given_up or threading.Event()
         self.stage, self.models, self.timetable, self.shapes = stage, models, timetable, shapes
         self.runs_at, self.links, self.lane = runs_at, links, lane  # runs_at: runs of the model, of a step
-        self.lending, self.attending = Lending(lent or Lent()), attending  # which keeps its states in `lent`
+        self.lending = Lending(lent or Lent(), remembers=may_skip)
+        self.attending = attending  # which keeps its states in `lent`
         self.backend = backend  # of attention
         self.state_every, self.trace = state_every, trace
         self.stats = Stats()
@@ -185,10 +187,14 @@ class LaterStage(StageRun):
                 self.lending.begin(forward)
                 for run in self.runs(forward):
                     item = Header(Kind.WORK, tick, forward.block, forward.step, run)
-                    if not self._handle(item, forward):
+                    handled = self._handle(item, forward)
+                    if handled == Kind.STOP:
                         if not (tick and self.is_saved_after(tick - 1)):
                             save(tick, self.lending.lent.copy())
                         return tick
+                    if handled == Kind.SKIP:
+                        self.lending.relend(forward)
+                        break
             self.end_tick(tick)
             if self.is_saved_after(tick):
                 save(tick + 1, self.lending.lent.copy())
@@ -196,8 +202,8 @@ class LaterStage(StageRun):
         self.doing = "done"
         return self.timetable.num_ticks
 
-    def _handle(self, item: Header, forward: Forward) -> bool:
-        """Run one item; False when told to stop instead."""
+    def _handle(self, item: Header, forward: Forward) -> Kind:
+        """Run one item, or do what is told in its place: what it was."""
         header, buffer = self.receive()
         while header.kind == Kind.IDLE:
             self._pass_on(header)
@@ -206,12 +212,15 @@ class LaterStage(StageRun):
             assert header.tick == item.tick, f"told to stop before tick {header.tick} in tick {item.tick}"
             self._pass_on(header)
             self.links.outgoing.flush()
-            return False
+            return Kind.STOP
+        if header.kind == Kind.SKIP and header.same_item(item._replace(kind=Kind.SKIP)):
+            self._pass_on(header)
+            return Kind.SKIP
         if not header.same_item(item):
             raise AssertionError(f"rank {self.stage.rank}: expected {item}, got {header}")
         item = header._replace(slot=self.next_slot(header.slot))
         self.send(item, self.work(item, lambda: self._compute(item, forward, buffer)))
-        return True
+        return Kind.WORK
 
     def _compute(self, item: Header, forward: Forward, buffer: Tensor) -> tuple[Tensor, ...]:
         frames = frames_before(forward) + own_frames(self.timetable, forward)

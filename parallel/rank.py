@@ -264,7 +264,7 @@ class Rank:
         later = LaterStage(
             stage, models, task.timetable, ways.shapes, task.runs_at, ways.links,
             lent=state.lent, attending=attending_of(task, stage, state.lent),
-            backend=task.attention_backend, **options,
+            backend=task.attention_backend, may_skip=task.cache is not None, **options,
         )  # fmt: skip
         self._stage_run = later
         return later.run(state.next_tick, lambda tick, lent: self.save(LoopState(tick, {}, lent)))
@@ -302,6 +302,8 @@ class Rank:
             found["lane_bytes_sent"] = run.lane.bytes_sent
             if self.blueprint.task.sparsity is not None:
                 found["attention"] = self.blueprint.task.sparsity.tally.layers()
+            if isinstance(run, FirstStage) and self.blueprint.task.cache is not None:
+                found["cache"] = run.tally.as_dict()
             found["link"] = type(run.links.outgoing).__name__.removesuffix("Outgoing").lower()
         return found
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from vidgen.denoise.lending import BranchKeyValues, Lent, join_layers
+from vidgen.denoise.lending import join as join_lent
 from vidgen.denoise.loop import LoopState
 from vidgen.model.context import KeyValue
 from vidgen.parallel.topology import Stage, Topology, parts
@@ -46,16 +47,14 @@ def sequence_index(stage: Stage) -> int:
 
 
 def _each(lent: Lent, change: Callable[[KeyValue], KeyValue]) -> Lent:
-    def changed(branches: BranchKeyValues) -> BranchKeyValues:
-        return tuple(tuple(change(kv) for kv in layers) for layers in branches)
-
-    later = {block: (step, changed(kv)) for block, (step, kv) in lent.for_later.items()}
-    return Lent(later, changed(lent.anchor), lent.attention)
+    return lent.each(
+        lambda branches: tuple(tuple(change(kv) for kv in layers) for layers in branches), lent.attention
+    )
 
 
 def _of_branches(lent: Lent, part: slice) -> Lent:
-    later = {block: (step, branches[part]) for block, (step, branches) in lent.for_later.items()}
-    return Lent(later, lent.anchor[part], {block: runs[part] for block, runs in lent.attention.items()})
+    attention = {block: runs[part] for block, runs in lent.attention.items()}
+    return lent.each(lambda branches: branches[part], attention)
 
 
 def _join_tokens(lanes: Sequence[Lent]) -> Lent:
@@ -75,22 +74,14 @@ def _join_tokens(lanes: Sequence[Lent]) -> Lent:
             for layers in zip(*held, strict=True)
         )
 
-    later = {
-        block: (step, joined([lane.for_later[block][1] for lane in lanes]))
-        for block, (step, _) in lanes[0].for_later.items()
-    }
-    return Lent(later, joined([lane.anchor for lane in lanes]), lanes[0].attention)
+    return join_lent(lanes, joined, lanes[0].attention)
 
 
 def _join_branches(lanes: Sequence[Lent]) -> Lent:
     """Of lanes that have a branch of guidance each."""
     if len(lanes) == 1:
         return lanes[0]
-    later = {
-        block: (step, tuple(branch for lane in lanes for branch in lane.for_later[block][1]))
-        for block, (step, _) in lanes[0].for_later.items()
-    }
     attention = {
         block: tuple(run for lane in lanes for run in lane.attention[block]) for block in lanes[0].attention
     }
-    return Lent(later, tuple(branch for lane in lanes for branch in lane.anchor), attention)
+    return join_lent(lanes, lambda held: tuple(branch for lane in held for branch in lane), attention)

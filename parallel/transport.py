@@ -31,6 +31,7 @@ class Kind(IntEnum):
     WORK = 0  # an item
     IDLE = 1  # nothing yet, but I am here: deadlines start anew
     STOP = 2  # no tick from this one on will be run
+    SKIP = 3  # in an item's place: none of its forward's runs will come
 
 
 class Header(NamedTuple):

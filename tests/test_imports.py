@@ -48,7 +48,11 @@ ROOMS: dict[str, Room] = {
     "vidgen.builtin": Room(engine=PARTS, outside=BARE, alone=True),
     "vidgen.sparsity": Room(engine=("vidgen.kernels",), outside=BARE, alone=True),
     "vidgen.sparsity.settings": Room(outside=frozenset(), alone=True),
-    "vidgen.stepcache": Room(engine=LAYERS),
+    "vidgen.stepcache": Room(engine=LAYERS, outside=BARE, alone=True),
+    "vidgen.stepcache.settings": Room(outside=frozenset(), alone=True),
+    "vidgen.stepcache.calibration": Room(
+        engine=("vidgen.stepcache.settings",), outside=frozenset(), alone=True
+    ),
     "vidgen.denoise": Room(engine=MATH),
     "vidgen.denoise.noise": Room(engine=("vidgen.types",), outside=BARE, alone=True),
     "vidgen.denoise.forwards": Room(outside=frozenset(), alone=True),
@@ -67,7 +71,9 @@ ROOMS: dict[str, Room] = {
         alone=True,
     ),
     "vidgen.media": Room(engine=("vidgen.types",)),
-    "vidgen.config": Room(engine=("vidgen.types", "vidgen.sections", "vidgen.sparsity.settings")),
+    "vidgen.config": Room(
+        engine=("vidgen.types", "vidgen.sections", "vidgen.sparsity.settings", "vidgen.stepcache.settings")
+    ),
     "vidgen.sections": Room(engine=("vidgen.types", "vidgen.sparsity.settings")),
     "vidgen.families": Room(engine=FAMILY),
     "vidgen.pictures": Room(engine=("vidgen.config", "vidgen.families.family", "vidgen.media")),

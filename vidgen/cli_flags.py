@@ -105,6 +105,13 @@ FLAGS = (
         "adaspa: share of key blocks kept, instead of a recall",
     ),
     Flag("attention.sparsity.recall", "--recall", "X", "adaspa: share of attention kept (default: 0.95)"),
+    Flag(
+        "cache.method",
+        "--cache",
+        "NAME",
+        "tea, taylor, ...: an approximation that skips steps (default: none)",
+    ),
+    Flag("cache.threshold", "--cache-threshold", "X", "0 skips nothing (default: the method's)"),
     Flag("parallel.ranks", "--ranks --num-gpus", "N|auto", "processes that share the work (default: 1)"),
     Flag("parallel.scheme", "--scheme", "given|auto", "auto: the planner says how ranks share the work"),
     Flag("parallel.hardware", "--hardware", "NAME|FILE", "what the planner takes this machine for"),

@@ -51,14 +51,51 @@ def adherence(
     prompts: Prompts = 60,
     seed: Seed = 0,
     steps: Steps = None,
+    cache: Annotated[str, typer.Option("--cache", metavar="NAME", help="a step cache")] = "none",
+    threshold: Annotated[
+        float | None, typer.Option("--cache-threshold", metavar="X", help="not the method's own")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Say how often a model's videos show what their prompts ask for."""
     from vidgen.measure.report import measure_adherence
+    from vidgen.stepcache.cache import make_cache
+    from vidgen.stepcache.calibration import with_calibration
+    from vidgen.stepcache.settings import CacheSettings
 
     small = _small(model)
     settings = _settings(small, num_inference_steps=steps)
-    return _tell(measure_adherence(small, num_prompts=prompts, seed=seed, settings=settings), as_json)
+    made = make_cache(with_calibration(CacheSettings(method=cache, threshold=threshold), is_builtin=True))
+    found = measure_adherence(small, num_prompts=prompts, seed=seed, settings=settings, cache=made)
+    return _tell(found, as_json)
+
+
+@measure.command()
+def calibration(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="the file (.json)")],
+    model: Annotated[str, typer.Option("--model", metavar="NAME|PATH", help="what to measure")] = "builtin",
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="may be repeated")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option("--num-frames", min=1, metavar="N")] = None,
+    seed: Seed = 0,
+) -> int:
+    """Measure what the step caches `mag` and `tea` must know of a model, and write it into a file."""
+    from vidgen.config import parse_job
+    from vidgen.engine import Engine
+    from vidgen.measure.calibration import calibrate
+    from vidgen.measure.report import pick_scenes
+
+    if not prompt and model != "builtin":
+        raise ValueError(f"model={model}: needs --prompt TEXT, what it is to be measured on")
+    prompts = prompt or [scene.caption() for scene in pick_scenes(8, seed)]
+    engine = Engine.from_pretrained(model)
+    settings: dict[str, Any] = {"model": model} | ({} if num_frames is None else {"num_frames": num_frames})
+    jobs = (parse_job({**settings, "prompt": words, "seed": seed + i}) for i, words in enumerate(prompts))
+    found = calibrate(engine.plan(job).task for job in jobs)
+    output.write_text(json.dumps({**found, "model": model, "prompts": prompts}, indent=1) + "\n")
+    write_line("stdout", f"written  {output}")
+    return OK
 
 
 @measure.command()

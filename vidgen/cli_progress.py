@@ -111,6 +111,8 @@ class RenderView:
             self.say(f"ranks   {_ranks(rendered.evidence)}")
         if rendered.job.attention.sparsity.policy != "none" and rendered.evidence:
             self.say(f"sparse  {_sparse(rendered.evidence)}")
+        if rendered.job.cache.method != "none" and rendered.evidence:
+            self.say(f"cache   {_cached(rendered.evidence)}")
         self.say(f"video   {rendered.output}")
         if rendered.sheet:
             self.say(f"sheet   {rendered.sheet}")
@@ -131,9 +133,12 @@ def _ranks(evidence: dict[str, Any]) -> str:
     layers = " + ".join(str(count) for count in last["layers_per_rank"])
     lanes = " x ".join(f"{axis} {size}" for axis, size in last["lanes"].items() if size > 1)
     held = f"{layers} layers" + (f" in lanes of {lanes}" if lanes else "")
+    best = f"{100 * last['utilisation']:.1f} % of the best possible pipelining, "
+    if not last["utilisation"]:  # with steps that are skipped nobody knows the best
+        best = ""
     return (
-        f"{last['num_ranks']} with {held}, {100 * last['utilisation']:.1f} % of the best possible "
-        f"pipelining, bubbles {100 * last['bubble_share']:.1f} %, restarts {evidence['restarts']}"
+        f"{last['num_ranks']} with {held}, {best}bubbles {100 * last['bubble_share']:.1f} %, "
+        f"restarts {evidence['restarts']}"
     )
 
 
@@ -155,12 +160,20 @@ def _sparse(evidence: dict[str, Any]) -> str:
     )
 
 
+def _cached(evidence: dict[str, Any]) -> str:
+    found = evidence.get("cache") or evidence["attempts"][-1].get("cache") or {"forwards": 0, "skipped": 0}
+    share = 100 * found["skipped"] / max(1, found["forwards"])
+    return f"{found['skipped']} of {found['forwards']} forwards skipped, {share:.1f} %"
+
+
 def _facts(job: "JobConfig", folder: Path, progress: Progress) -> list[str]:
     assert job.width and job.height and job.num_frames and job.fps
     scale = job.output.upscale
     shown = f", shown as {job.width * scale}x{job.height * scale}" if scale > 1 else ""
     sparsity = job.attention.sparsity
     approximation = [] if sparsity.policy == "none" else [f"sparse  {sparsity.policy}: an approximation"]
+    if job.cache.method != "none":
+        approximation.append(f"cache   {job.cache.method}: an approximation")
     return [
         *approximation,
         f"frames  {job.num_frames} of {job.width}x{job.height}{shown}, {job.num_frames / job.fps:.1f} s "

@@ -29,6 +29,7 @@ from vidgen.sections import (
     Text,
 )  # fmt: skip
 from vidgen.sparsity.settings import SparsitySettings
+from vidgen.stepcache.settings import CacheSettings
 from vidgen.types import ContextMode, NoiseKind, Recommended, Segment
 
 MAX_SHOWN_CHARACTERS = 100
@@ -75,6 +76,8 @@ class JobConfig(Strict):
     """Ticks between two saved states."""
     queue: QueueConfig = QueueConfig()
     attention: AttentionConfig = AttentionConfig()
+    cache: CacheSettings = CacheSettings()
+    """Steps at which the model is not run: an approximation, off by default, see stepcache/settings.py."""
     parallel: ParallelConfig = ParallelConfig()
     output: OutputConfig = OutputConfig()
 
@@ -197,6 +200,7 @@ NEWER_SETTINGS: dict[str, tuple[Any, ...]] = {
     "queue.static_threshold": (None,),
     "queue.global_frames": (4,),
     "queue.warm_up_steps": (1,),
+    "cache": (CacheSettings(),),
 }
 
 
@@ -240,6 +244,8 @@ def _keys(path: tuple[str | int, ...]) -> list[str]:
     """Keys known at a place of the config."""
     if path[:2] == ("attention", "sparsity"):
         return list(SparsitySettings.__dataclass_fields__)
+    if path[:1] == ("cache",):
+        return list(CacheSettings.__dataclass_fields__)
     rooms: dict[str | int, type[BaseModel]] = {
         "queue": QueueConfig, "parallel": ParallelConfig, "output": OutputConfig, "segments": SegmentConfig,
         "attention": AttentionConfig, "loras": LoraConfig, "input": InputConfig,

@@ -20,6 +20,7 @@ from vidgen.families.opening import NO_OFFLOAD, open_model
 from vidgen.model.dit import DiTConfig
 from vidgen.planning import Plan, make_plan, resolve_job
 from vidgen.sparsity.settings import SparsitySettings
+from vidgen.stepcache.settings import CacheSettings
 from vidgen.video import Callback, OutputType, Video, as_output, check_output_type, follow
 
 GIVEN_PROMPT, GIVEN_NEGATIVE = "(given embeddings)", "(given negative embeddings)"
@@ -30,7 +31,7 @@ class Engine:
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self.sparsity = SparsitySettings()
+        self.sparsity, self.cache = SparsitySettings(), CacheSettings()
         self._is_compiled = False
 
     @classmethod
@@ -139,7 +140,7 @@ class Engine:
 
         `inputs` are what a plan of this very job had before.
         """
-        return make_plan(self.family, resolve_job(self.family, job, self.sparsity), inputs)
+        return make_plan(self.family, resolve_job(self.family, job, self.sparsity, self.cache), inputs)
 
     def _plan_of(self, prompt: str | None, settings: dict[str, Any], **given: Any) -> Plan:
         """The plan of a call's arguments; embeddings have names in the place of their texts."""
@@ -149,7 +150,7 @@ class Engine:
             named["prompt"] = GIVEN_PROMPT
         if GIVEN_NEGATIVE in embeds:
             named["negative_prompt"] = GIVEN_NEGATIVE
-        job = resolve_job(self.family, parse_job({**named, **settings}), self.sparsity)
+        job = resolve_job(self.family, parse_job({**named, **settings}), self.sparsity, self.cache)
         if job.compile:
             self.compile()
         return make_plan(self.family, job, **given)
@@ -168,6 +169,24 @@ class Engine:
     def disable_sparsity(self) -> None:
         """Dense attention again."""
         self.sparsity = SparsitySettings()
+
+    def enable_cache(self, config: CacheSettings | None = None, **settings: Any) -> None:
+        """A step cache for all jobs from here on that say nothing of their own: of a config, or by settings.
+
+        ValueError for settings that cannot be, or when one is enabled already. See CacheSettings.
+        """
+        if self.cache.method != "none":
+            raise ValueError(f"a cache is enabled already ({self.cache.method}): call disable_cache() first")
+        if config is not None and settings:
+            raise ValueError(f"a config and {', '.join(settings)} are given: give one of them")
+        cache = config or parse_job({"cache": settings}).cache
+        if cache.method == "none":
+            raise ValueError("method=none: name a method, or leave the cache disabled")
+        self.cache = cache
+
+    def disable_cache(self) -> None:
+        """Every step runs again."""
+        self.cache = CacheSettings()
 
 
 def _dtype_name(dtype: str | torch.dtype | None) -> str | None:

@@ -92,10 +92,12 @@ class InOneProcess:
                 return
 
     def evidence(self) -> dict[str, Any] | None:
-        """What sparse attention left out and which blocks were repeated; else there is nothing to tell."""
+        """What was left out of attention, which steps were skipped and blocks repeated; else nothing."""
         task, told = self.plan.task, {}
         if task.sparsity is not None:
             told["attention"] = task.sparsity.tally.layers()
+        if task.cache is not None:
+            told["cache"] = task.cache.tally.as_dict()
         if task.still is not None:
             told["repeated_blocks"] = self._num_repeated
         return told or None

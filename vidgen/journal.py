@@ -25,13 +25,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vidgen.config import JobConfig, dump_job, frames_digest, parse_job, read_yaml
+from vidgen.denoise.forwards import Lend, Lender
 from vidgen.denoise.given import Given, Inputs
-from vidgen.denoise.lending import BranchKeyValues
+from vidgen.denoise.lending import BranchKeyValues, Lends
 from vidgen.denoise.loop import BlockState, LoopState
 from vidgen.denoise.state import Stillness
 from vidgen.media.blocks import WrittenBlock
 from vidgen.media.segments import write_atomically
 from vidgen.model.context import KeyValue
+from vidgen.stepcache.kept import Kept
 
 STATES_KEPT = 2
 DIGEST = "frames_digest"
@@ -206,9 +208,13 @@ def _flatten(state: LoopState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors |= {f"history/{index}/{i}": value for i, value in enumerate(block.history)}
         if block.negative_BCFYX is not None:
             tensors[f"negative/{index}"] = block.negative_BCFYX
+        tensors |= _flatten_kept(f"kept/{index}", block.kept)
     for index, (_, kv) in state.lent.for_later.items():
         tensors |= _flatten_kv(f"later/{index}", kv)
     tensors |= _flatten_kv("anchor", state.lent.anchor)
+    for index, (_, lends) in state.lent.last.items():
+        for number, kv in enumerate(lends.values()):
+            tensors |= _flatten_kv(f"last/{index}/{number}", kv)
     tensors |= {
         f"attention/{block}/{run}/{layer}/{name}": tensor
         for block, runs in state.lent.attention.items()
@@ -222,12 +228,25 @@ def _flatten(state: LoopState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "history": {index: len(block.history) for index, block in state.blocks.items()},
         "later": {index: step for index, (step, _) in state.lent.for_later.items()},
         "still": asdict(state.still),
+        "kept": {index: _kept_header(block.kept) for index, block in state.blocks.items()},
+        "last": {
+            index: [step, [asdict(lend) for lend in lends]]
+            for index, (step, lends) in state.lent.last.items()
+        },
         # blocks, runs, layers: those of which nothing is kept have no tensors
         "attention": {
             block: [len(layers) for layers in runs] for block, runs in state.lent.attention.items()
         },
     }
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, header
+    kept, header["same"] = _once_each(tensors)
+    return {name: tensor.contiguous() for name, tensor in kept.items()}, header
+
+
+def _once_each(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(every tensor under its first name, its other names): K,V that are lent again are one tensor."""
+    names = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    same = {name: names[id(tensor)] for name, tensor in tensors.items() if names[id(tensor)] != name}
+    return {name: tensor for name, tensor in tensors.items() if name not in same}, same
 
 
 def _flatten_kv(prefix: str, branches: BranchKeyValues) -> dict[str, Tensor]:
@@ -237,6 +256,38 @@ def _flatten_kv(prefix: str, branches: BranchKeyValues) -> dict[str, Tensor]:
         for layer, kv in enumerate(layers)
         for name, tensor in (("key", kv.key_BFSHD), ("value", kv.value_BFSHD))
     }
+
+
+def _flatten_kept(prefix: str, kept: Kept) -> dict[str, Tensor]:
+    outputs = {
+        f"{prefix}/output/{age}/{branch}": tensor
+        for age, branches in enumerate(kept.outputs)
+        for branch, tensor in enumerate(branches)
+    }
+    return outputs | {f"{prefix}/signal/{age}": tensor for age, tensor in enumerate(kept.signals)}
+
+
+def _kept_header(kept: Kept) -> dict[str, Any]:
+    return {
+        "steps": kept.steps,
+        "branches": [len(branches) for branches in kept.outputs],
+        "signals": len(kept.signals),
+        "skips": kept.skips,
+        "drift": kept.drift,
+    }
+
+
+def _unflatten_kept(tensors: dict[str, Tensor], prefix: str, header: dict[str, Any]) -> Kept:
+    return Kept(
+        tuple(header["steps"]),
+        tuple(
+            tuple(tensors[f"{prefix}/output/{age}/{branch}"] for branch in range(count))
+            for age, count in enumerate(header["branches"])
+        ),
+        tuple(tensors[f"{prefix}/signal/{age}"] for age in range(header["signals"])),
+        header["skips"],
+        header["drift"],
+    )
 
 
 def _aligned(data: bytes) -> dict[str, Tensor]:
@@ -251,14 +302,24 @@ def _unflatten(path: Path) -> LoopState:
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["state"])
     tensors = _aligned(path.read_bytes())
+    tensors |= {name: tensors[first] for name, first in header.get("same", {}).items()}
     state = LoopState(next_tick=header["next_tick"], still=Stillness(**header.get("still", {})))
     for index, steps_done in header["steps_done"].items():
         history = tuple(tensors[f"history/{index}/{i}"] for i in range(header["history"][index]))
         negative = tensors.get(f"negative/{index}")
-        state.blocks[int(index)] = BlockState(tensors[f"block/{index}"], steps_done, history, negative)
+        block = BlockState(tensors[f"block/{index}"], steps_done, history, negative)
+        if index in header.get("kept", {}):
+            block.kept = _unflatten_kept(tensors, f"kept/{index}", header["kept"][index])
+        state.blocks[int(index)] = block
     for index, step in header["later"].items():
         state.lent.for_later[int(index)] = step, _unflatten_kv(tensors, f"later/{index}")
     state.lent.anchor = _unflatten_kv(tensors, "anchor")
+    for index, (step, lends) in header.get("last", {}).items():
+        lent: Lends = {
+            Lend(**lend | {"to": Lender(lend["to"])}): _unflatten_kv(tensors, f"last/{index}/{number}")
+            for number, lend in enumerate(lends)
+        }
+        state.lent.last[int(index)] = step, lent
     for block, num_layers in header.get("attention", {}).items():
         runs: list[list[dict[str, Tensor]]] = [[{} for _ in range(count)] for count in num_layers]
         prefix = f"attention/{block}/"

@@ -47,6 +47,9 @@ def memory_bytes(
     lent = (lenders * branches + collected) * dit.num_layers * 2 * tokens * dit.width
     if job.attention.sparsity.policy != "none" and job.attention.sparsity.restores:
         lent += live * branches * dit.num_layers * frames * tokens * (dit.width + 2 * dit.num_heads)
+    if job.cache.method != "none":  # K,V lent last, and outputs
+        lent += live * branches * context * dit.num_layers * 2 * tokens * dit.width
+        lent += live * branches * (1 + (job.cache.order or 0)) * own * dit.latent_channels * rows * columns
     latents = (live * (2 if is_onetime else 1) + 3) * own * dit.latent_channels * rows * columns
     pixels = own * strides[0] * job.height * job.width * 3
     floats = hidden + lent + latents + pixels * PIXEL_COPIES

@@ -31,6 +31,9 @@ from vidgen.limits import available_memory_bytes, memory_bytes, readable
 from vidgen.pictures import read_pictures
 from vidgen.sparsity.making import make_policy
 from vidgen.sparsity.settings import SparsitySettings
+from vidgen.stepcache.cache import make_cache
+from vidgen.stepcache.calibration import with_calibration
+from vidgen.stepcache.settings import CacheSettings
 from vidgen.types import Block
 
 
@@ -77,8 +80,10 @@ class Plan:
         return replace(self, task=replace(self.task, noise=noise))
 
 
-def resolve_job(family: Family, job: JobConfig, sparsity: SparsitySettings) -> JobConfig:
-    """The job with every value filled in; `sparsity` where it says nothing of its own.
+def resolve_job(
+    family: Family, job: JobConfig, sparsity: SparsitySettings, cache: CacheSettings | None = None
+) -> JobConfig:
+    """The job with every value filled in; `sparsity` and `cache` where it says nothing of its own.
 
     ValueError in one line for a job that this model cannot do.
     """
@@ -94,7 +99,7 @@ def resolve_job(family: Family, job: JobConfig, sparsity: SparsitySettings) -> J
             raise ValueError(f"{name}={size}: need a multiple of {stride}; try {nearest}")
     if job.guidance_scale_2 is not None and len(family.dits) == 1:
         raise ValueError(f"guidance_scale_2={job.guidance_scale_2}: this model has one expert; leave it out")
-    return _with_sparsity(family, job, sparsity)
+    return _with_sparsity(family, _with_cache(job, cache), sparsity)
 
 
 def make_inputs(
@@ -162,6 +167,7 @@ def make_plan(family: Family, job: JobConfig, inputs: Inputs | None = None, **gi
         static_threshold=job.queue.static_threshold,
         sparsity=_sparsity(family, job.attention.sparsity),
         clips=make_clips(job, timetable.num_frames),
+        cache=make_cache(job.cache),
         attention_backend=job.attention.backend,
     )
     return Plan(job=job, timeline=timeline, task=task, inputs=inputs, sizes=sizes)
@@ -248,6 +254,15 @@ def _with_sparsity(family: Family, job: JobConfig, default: SparsitySettings) ->
         frames = family.sizes.num_latent_frames(job.num_frames)
     sparsity = sparsity.resolved(frames * tokens_per_frame)
     return job.model_copy(update={"attention": job.attention.model_copy(update={"sparsity": sparsity})})
+
+
+def _with_cache(job: JobConfig, default: CacheSettings | None) -> JobConfig:
+    """The job with the default step cache where it says nothing of its own, and all that it needs to know."""
+    cache = job.cache if job.cache.method != "none" or default is None else default
+    if cache.method == "none":
+        return job
+    cache = with_calibration(cache, is_builtin=job.model == "builtin").resolved()
+    return job.model_copy(update={"cache": cache})
 
 
 def _sparsity(family: Family, settings: SparsitySettings) -> Sparsity | None:

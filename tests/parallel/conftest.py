@@ -155,7 +155,9 @@ def run_pipeline(
     topology, state, watched = Topology(layers_per_stage, lanes), state or LoopState(), watched or Watched()
     num_stages, whole = topology.num_stages, Shapes.of(task)
     in_flight = max_in_flight or default_in_flight(num_stages)
-    watchers = [watched, *(Watched(changes=watched.changes) for _ in range(lanes.num_lanes - 1))]
+    # whoever follows has heard of every change before the first lane does, as Gang.offer sees to
+    changes = [(0, change) for _, change in watched.changes]
+    watchers = [watched, *(Watched(changes=changes) for _ in range(lanes.num_lanes - 1))]
     exchanges: dict[Any, Any] = {}
     lead = leads(lanes.num_lanes)
     links: dict[int, InProcessLink] = {}  # by the rank that sends
@@ -189,7 +191,7 @@ def run_pipeline(
                 LaterStage(
                     stage, models, task.timetable, shapes, task.runs_at, ends, lane=lane,
                     lent=own.lent, state_every=state_every, attending=attending_of(task, stage, own.lent),
-                    backend=task.attention_backend,
+                    backend=task.attention_backend, may_skip=task.cache is not None,
                 )
             )  # fmt: skip
         hook(stages[-1])

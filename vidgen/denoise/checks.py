@@ -26,6 +26,9 @@ def check_task(task: "Task") -> None:
             "guidance=stacked: residual_guidance=onetime runs a second branch at a block's first step "
             "only, which makes no batch; leave guidance out"
         )
+    for name, is_used in {"buffer": timetable.joint, "pipefusion": timetable.is_patched}.items():
+        if is_used and task.cache is not None:
+            raise ValueError(f"timetable={name}: knows no step cache; leave cache out")
     _check_attention(task)
 
 

@@ -1,8 +1,10 @@
 """Keys and values that forwards lend to one another: within a tick, to the next tick, and to all that follow.
 
+A forward that a step cache skips lends again what its block lent when it last ran.
 The layers are those at hand: all of them in one process, a stage's own on a rank. None of this is ever sent.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +14,7 @@ from vidgen.model.context import Context, LayerKeyValues, concatenate
 from vidgen.sparsity.policy import State
 
 BranchKeyValues = tuple[LayerKeyValues, ...]  # one per guidance branch
+Lends = dict[Lend, BranchKeyValues]
 RunStates = tuple[tuple[State, ...], ...]  # of a sparsity policy: per run of the model, per layer
 
 
@@ -24,10 +27,11 @@ class Lent:
     attention: dict[int, RunStates] = field(
         default_factory=dict
     )  # block -> what a sparsity policy keeps of it
+    last: dict[int, tuple[int, Lends]] = field(default_factory=dict)  # block -> its last step that ran, lent
 
     def copy(self) -> "Lent":
         """The same tensors in a record of their own, for a checkpoint while the loop goes on."""
-        return Lent(dict(self.for_later), self.anchor, dict(self.attention))
+        return Lent(dict(self.for_later), self.anchor, dict(self.attention), dict(self.last))
 
     def to(self, device: torch.device) -> "Lent":
         """The same on a device."""
@@ -35,7 +39,6 @@ class Lent:
         def moved(branches: BranchKeyValues) -> BranchKeyValues:
             return tuple(tuple(kv.to(device) for kv in layers) for layers in branches)
 
-        later = {block: (step, moved(kv)) for block, (step, kv) in self.for_later.items()}
         attention: dict[int, RunStates] = {
             block: tuple(
                 tuple({name: tensor.to(device) for name, tensor in state.items()} for state in layers)
@@ -43,53 +46,78 @@ class Lent:
             )
             for block, runs in self.attention.items()
         }
-        return Lent(later, moved(self.anchor), attention)
+        return self.each(moved, attention)
+
+    def each(
+        self, change: Callable[[BranchKeyValues], BranchKeyValues], attention: dict[int, RunStates]
+    ) -> "Lent":
+        """The same with all keys and values changed, and what is kept of attention."""
+        return Lent(
+            {block: (step, change(kv)) for block, (step, kv) in self.for_later.items()},
+            change(self.anchor),
+            attention,
+            {
+                block: (step, {lend: change(kv) for lend, kv in lends.items()})
+                for block, (step, lends) in self.last.items()
+            },
+        )
 
     def layers(self, layers: range) -> "Lent":
         """The part of some layers."""
         part = slice(layers.start, layers.stop)
-        return Lent(
-            {block: (step, _each(kv, part)) for block, (step, kv) in self.for_later.items()},
-            _each(self.anchor, part),
-            {block: tuple(layers[part] for layers in runs) for block, runs in self.attention.items()},
-        )
+        attention: dict[int, RunStates] = {
+            block: tuple(layers[part] for layers in runs) for block, runs in self.attention.items()
+        }
+        return self.each(lambda branches: tuple(layers[part] for layers in branches), attention)
+
+
+def join(
+    parts: Sequence[Lent],
+    joined: Callable[[list[BranchKeyValues]], BranchKeyValues],
+    attention: dict[int, RunStates],
+) -> Lent:
+    """The whole of parts whose keys and values are joined so, and of what is kept of attention."""
+    first = parts[0]
+    return Lent(
+        {
+            block: (step, joined([part.for_later[block][1] for part in parts]))
+            for block, (step, _) in first.for_later.items()
+        },
+        joined([part.anchor for part in parts]),
+        attention,
+        {
+            block: (step, {lend: joined([part.last[block][1][lend] for part in parts]) for lend in lends})
+            for block, (step, lends) in first.last.items()
+        },
+    )
 
 
 def join_layers(parts: list[Lent]) -> Lent:
     """The whole of what stages hold, given in the order of their layers."""
-    first = parts[0]
-    later = {
-        block: (step, tuple(sum(layers, ()) for layers in _zip([p.for_later[block][1] for p in parts])))
-        for block, (step, _) in first.for_later.items()
-    }
-    attention = {
+    attention: dict[int, RunStates] = {
         block: tuple(sum(layers, ()) for layers in zip(*(p.attention[block] for p in parts), strict=True))
-        for block in first.attention
+        for block in parts[0].attention
     }
-    return Lent(later, tuple(sum(layers, ()) for layers in _zip([p.anchor for p in parts])), attention)
+    return join(
+        parts, lambda stages: tuple(sum(layers, ()) for layers in zip(*stages, strict=True)), attention
+    )
 
 
 def _of_branch(branches: BranchKeyValues, branch: int) -> LayerKeyValues:
     return branches[branch if branch < len(branches) else 0]
 
 
-def _each(branches: BranchKeyValues, part: slice) -> BranchKeyValues:
-    return tuple(layers[part] for layers in branches)
-
-
-def _zip(stages: list[BranchKeyValues]) -> list[tuple[LayerKeyValues, ...]]:
-    """Per branch, every stage's layers."""
-    return list(zip(*stages, strict=True))
-
-
 class Lending:
     """Follows the forwards of one tick after another and hands each what earlier ones lent.
 
-    Every read is checked against the version that the timetable names.
+    Every read is checked against the version that the timetable names. With `remembers`, forwards may be
+    skipped.
     """
 
-    def __init__(self, lent: Lent) -> None:
-        self.lent = lent
+    def __init__(self, lent: Lent, *, remembers: bool = False) -> None:
+        self.lent, self.remembers = lent, remembers
+        self._is_again = False
+        self._last_of_tick: dict[int, tuple[int, Lends]] = {}
         self._forward: Forward | None = None
         self._kept: dict[Lend, list[LayerKeyValues]] = {}
         self._from_next_block: tuple[Read | None, BranchKeyValues] = (None, ())
@@ -101,6 +129,17 @@ class Lending:
         self._close()
         self._forward = forward
         self._kept = {lend: [] for lend in forward.lends}
+        self._is_again = False
+
+    def relend(self, forward: Forward) -> None:
+        """This forward, which is next or has just begun, is not run: it lends what its block last lent."""
+        if self._forward is not forward:
+            self.begin(forward)
+        assert self.remembers and len(forward.parts) == 1
+        _, lent = self.lent.last[forward.block]
+        assert set(forward.lends) <= lent.keys(), "only what was lent before can be lent again"
+        self._kept = {lend: list(lent[lend]) for lend in forward.lends}
+        self._is_again = True
 
     @property
     def is_lending(self) -> bool:
@@ -151,12 +190,18 @@ class Lending:
         self.lent.for_later = {block: kv for block, kv in for_later.items() if block in kept}
         self.lent.anchor = self.lent.anchor or self._new_anchor
         self._this_tick = {}
+        last = self.lent.last | self._last_of_tick
+        self.lent.last = {block: lent for block, lent in last.items() if block in kept}
+        self._last_of_tick = {}
 
     def _close(self) -> None:
         forward, self._forward = self._forward, None
         if forward is None:
             return
         self._from_next_block = (None, ())
+        if self.remembers and not self._is_again:
+            lent = {lend: tuple(branches) for lend, branches in self._kept.items()}
+            self._last_of_tick[forward.block] = forward.step, lent
         for lend, branches in self._kept.items():
             block, step = forward.parts[lend.part]
             if lend.to == Lender.EARLIER_BLOCK:

@@ -18,12 +18,15 @@ from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.guidance import guide, num_branches
 from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.lockstep import ClipAttention, Clips
+from vidgen.denoise.skipping import decide
 from vidgen.denoise.solver import Solver
 from vidgen.denoise.state import BlockState, FinishedBlock, LoopState, Window
 from vidgen.denoise.still import StillFilter, denoised, repeat, same_texts
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.dit import Conditioning, DiT
+from vidgen.stepcache.cache import Decision, StepCache
+from vidgen.stepcache.kept import NOTHING_KEPT
 from vidgen.types import Block, GuidanceMode, ResidualGuidance
 
 # B batch, C latent channels, F latent frames, Y X latent rows and columns
@@ -48,6 +51,7 @@ class Task:
     still: StillFilter | None = None  # every block is denoised without
     sparsity: Sparsity | None = None  # dense attention without
     clips: Clips | None = None  # in lock step; every frame sees every other without
+    cache: StepCache | None = None  # every step is run without
     attention_backend: str | None = None  # None: the first that is able
     conditions: Conditions = field(default_factory=Conditions, repr=False, compare=False)
 
@@ -140,7 +144,7 @@ def run_tick(
         if before_forward is not None:
             before_forward()
         return [repeat(timetable, state, again)]
-    lending = Lending(state.lent)
+    lending = Lending(state.lent, remembers=task.cache is not None)
     attending = task.attending(range(task.model.config.num_layers), state.lent)
     stepped: dict[int, BlockState] = {}
     for forward in timetable.forwards(tick):
@@ -184,23 +188,28 @@ def run_forward(
     attending: Attending | ClipAttention | None,
 ) -> dict[int, BlockState]:
     """The blocks of the window after their step; what the forward lends is kept."""
-    lending.begin(forward)
     owns = [blocks.get(index) or task.new_block(task.timetable.block(index)) for index, _ in forward.parts]
+    window = make_window(task, blocks, forward, *owns)
     with attention_backend(task.attention_backend):
-        velocities = run_model(task, blocks, forward, owns, lending, attending)
-    return take_steps(task, forward, owns, velocities)
+        decision = decide(task, forward, owns[0], window)
+        if decision is not None and task.cache is not None:
+            task.cache.tally(forward.step, decision.outputs is not None)
+        if decision is not None and decision.outputs is not None:
+            lending.relend(forward)
+            return take_steps(task, forward, owns, decision.outputs, decision)
+        lending.begin(forward)
+        velocities = run_model(task, window, forward, lending, attending)
+    return take_steps(task, forward, owns, velocities, decision)
 
 
 def run_model(
     task: Task,
-    blocks: dict[int, BlockState],
+    window: Window,
     forward: Forward,
-    owns: Sequence[BlockState],
     lending: Lending,
     attending: Attending | ClipAttention | None,
 ) -> list[Tensor]:
     """Velocities of the blocks' own frames, one per branch."""
-    window = make_window(task, blocks, forward, *owns)
     model = task.model_at(forward.step)
     grid = model.token_grid(window.latents_BCFYX.shape)
     velocities: list[Tensor] = []
@@ -243,18 +252,31 @@ def make_window(task: Task, blocks: dict[int, BlockState], forward: Forward, *ow
 
 
 def take_steps(
-    task: Task, forward: Forward, owns: Sequence[BlockState], velocities: Sequence[Tensor]
+    task: Task,
+    forward: Forward,
+    owns: Sequence[BlockState],
+    velocities: Sequence[Tensor],
+    decision: Decision | None = None,
 ) -> dict[int, BlockState]:
-    """Every block of the window after its step; the velocities hold their frames one after the other."""
+    """Every block of the window after its step; the velocities hold their frames one after the other.
+
+    `decision`: a step cache's.
+    """
     frames = [own.latents_BCFYX.shape[2] for own in owns]
     by_block = zip(*(velocity.split(frames, dim=2) for velocity in velocities), strict=True)
     return {
-        block: take_step(task, Forward(block, step), own, parts[: task.branches_at(step)])
+        block: take_step(task, Forward(block, step), own, parts[: task.branches_at(step)], decision)
         for (block, step), own, parts in zip(forward.parts, owns, by_block, strict=True)
     }
 
 
-def take_step(task: Task, forward: Forward, own: BlockState, velocities: Sequence[Tensor]) -> BlockState:
+def take_step(
+    task: Task,
+    forward: Forward,
+    own: BlockState,
+    velocities: Sequence[Tensor],
+    decision: Decision | None = None,
+) -> BlockState:
     """The block after this step, from the velocities of the step's branches."""
     step = forward.step
     velocity, negative = guide(
@@ -266,10 +288,13 @@ def take_step(task: Task, forward: Forward, own: BlockState, velocities: Sequenc
         negative=own.negative_BCFYX,
     )
     latents, history = task.solver.step(own.latents_BCFYX, velocity, step, own.history)
+    kept = NOTHING_KEPT
+    if step + 1 < task.timetable.num_steps and task.cache is not None and decision is not None:
+        kept = task.cache.after(decision, step, velocities)
     if step + 1 == task.timetable.num_steps:
         latents, _ = task.given.pin(latents, task.timetable.block(forward.block).start)
         negative = None  # nobody reads it again
-    return BlockState(latents, step + 1, history, negative)
+    return BlockState(latents, step + 1, history, negative, kept)
 
 
 def denoise(task: Task, state: LoopState | None = None) -> Iterator[FinishedBlock]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vidgen.denoise.lending import Lent
 from vidgen.denoise.solver import History
+from vidgen.stepcache.kept import NOTHING_KEPT, Kept
 from vidgen.types import Block
 
 # B batch, C latent channels, F latent frames, Y X latent rows and columns
@@ -20,6 +21,7 @@ class BlockState:
     steps_done: int
     history: History = ()
     negative_BCFYX: Tensor | None = None  # of residual guidance: clean latents of the negative prompt
+    kept: Kept = NOTHING_KEPT  # by a step cache
 
     def to(self, device: torch.device) -> "BlockState":
         """The same on a device."""
@@ -29,6 +31,7 @@ class BlockState:
             self.steps_done,
             tuple(tensor.to(device) for tensor in self.history),
             None if negative is None else negative.to(device),
+            self.kept.each(lambda tensor: tensor.to(device)),
         )
 
 

@@ -14,6 +14,7 @@ from vidgen.denoise.solver import Euler, Solver
 from vidgen.denoise.still import StillFilter
 from vidgen.denoise.timetable import Timetable
 from vidgen.model.dit import DiT
+from vidgen.stepcache.cache import StepCache
 from vidgen.types import Block, GuidanceMode, NoiseKind, ResidualGuidance
 
 
@@ -37,6 +38,7 @@ def make_task(
     static_threshold: float | None = None,
     sparsity: Sparsity | None = None,
     clips: Clips | None = None,
+    cache: StepCache | None = None,
     attention_backend: str | None = None,
 ) -> Task:
     """The task of denoising one video. `solver` comes with the levels that the model sees; by default Euler.
@@ -68,6 +70,7 @@ def make_task(
         still=None if static_threshold is None else StillFilter(threshold=static_threshold, seed=seed),
         sparsity=sparsity,
         clips=clips,
+        cache=cache,
         attention_backend=attention_backend,
         texts=texts,
     )

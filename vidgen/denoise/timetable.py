@@ -82,6 +82,10 @@ class Timetable:
         """The block whose text this one gets: patches of a video all have its first."""
         return self.block(0) if self.is_patched else block
 
+    def lends(self, block: int, step: int) -> tuple[Lend, ...]:
+        """What a block's step lends, where each block runs by itself."""
+        return self._lends(self.block(block), self.admission_tick(block) + step)
+
     def expert(self, step: int) -> int:
         """Which of the model's experts takes a step: 0, or 1 from `switch_step` on."""
         return int(self.switch_step is not None and step >= self.switch_step)

@@ -11,6 +11,7 @@ from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.loop import denoise
 from vidgen.denoise.task import make_task
 from vidgen.denoise.timetable import Timetable, autoregressive, dualparal, full, moving_buffer
+from vidgen.stepcache.cache import StepCache
 from vidgen.types import Recommended, Segment
 
 TIMETABLES = ("dualparal", "autoregressive", "buffer", "full")
@@ -37,11 +38,14 @@ def generate(
     settings: Recommended,
     long: bool = False,
     sparsity: Sparsity | None = None,
+    cache: StepCache | None = None,
 ) -> Tensor:
     """Pixels [3, num_frames, height, width] in [-1, 1]: all frames at once, or as a `long` block queue."""
     segments = (Segment(prompt=prompt, num_frames=num_frames),)
     queue = LONG if long else WHOLE
-    return generate_segments(model, segments, seed=seed, settings=settings, queue=queue, sparsity=sparsity)
+    return generate_segments(
+        model, segments, seed=seed, settings=settings, queue=queue, sparsity=sparsity, cache=cache
+    )
 
 
 @torch.inference_mode()
@@ -53,6 +57,7 @@ def generate_segments(
     settings: Recommended,
     queue: Queue = LONG,
     sparsity: Sparsity | None = None,
+    cache: StepCache | None = None,
 ) -> Tensor:
     """Pixels [3, F, height, width] in [-1, 1] of prompts that follow each other, F frames in all.
 
@@ -80,6 +85,7 @@ def generate_segments(
         guidance_scale=settings.guidance_scale,
         noise=settings.noise,
         sparsity=sparsity,
+        cache=cache,
     )
     latents = [finished.latents_BCFYX for finished in denoise(task)]
     return codec.decode(torch.cat(latents, dim=2))[0, :, :num_frames].clamp(-1, 1).cpu()

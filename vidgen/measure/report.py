@@ -12,6 +12,7 @@ from vidgen.measure.adherence import FACTORS, Verdict, judge, windows
 from vidgen.measure.fidelity import boundary_jump, steps_by_place
 from vidgen.measure.generate import LONG, Queue, generate, generate_segments
 from vidgen.measure.keeping import Row, kept_rows
+from vidgen.stepcache.cache import StepCache
 from vidgen.types import Recommended, Segment
 from vidgen.world import WORLDS, Scene
 
@@ -23,6 +24,7 @@ def measure_adherence(
     seed: int,
     settings: Recommended | None = None,
     world: str = "small",
+    cache: StepCache | None = None,
 ) -> dict[str, Any]:
     """Counts of right clips, per factor and in all, for trained and held-out prompts, half of each.
 
@@ -34,15 +36,19 @@ def measure_adherence(
     started = time.process_time()
     verdicts = []
     for index, scene in enumerate(scenes):
-        clip = generate(model, scene.caption(), num_frames=CLIP_FRAMES, seed=seed + index, settings=settings)
+        clip = generate(
+            model, scene.caption(), num_frames=CLIP_FRAMES, seed=seed + index, settings=settings, cache=cache
+        )
         verdicts.append(judge(clip, scene))
     seconds = time.process_time() - started
+    skipping = {} if cache is None else {"cache": {"method": cache.settings.method, **cache.tally.as_dict()}}
     return {
         "prompts": len(scenes),
         "all": _counts(verdicts),
         "trained": _counts(verdicts[:num_trained]),
         "held_out": _counts(verdicts[num_trained:]),
         "cpu_seconds_per_clip": round(seconds / len(scenes), 3),
+        **skipping,
         "settings": settings_text(settings),
         "training_steps": model.training.get("step"),
     }

@@ -10,6 +10,7 @@ layers and does its part of these.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -224,17 +225,19 @@ class DiT(nn.Module):
         *,
         lends: bool = True,
         part: Part | None = None,
+        num_layers: int | None = None,
     ) -> tuple[Tensor, LayerKeyValues]:
         """(tokens [B, F, S, D] after the layers at hand, each layer's own keys and values if it `lends`).
 
-        With a `part`, tokens, conditioning and context are those of the part; the grid is the whole one's.
+        Or after the first `num_layers` of them. With a `part`, tokens, conditioning and context are those of
+        the part; the grid is the whole one's.
         """
         positions = self._positions(grid, context, x_BFSD.device, part)
         text_BND, log_weights_N = self._weighted(conditioning.text_BND, positions.backend)
         shared = conditioning.noise_BF6D, text_BND, positions
         lent = []
         with attention_backend(positions.backend):  # for `attends`
-            for index, layer in enumerate(self.layers):
+            for index, layer in enumerate(islice(self.layers, num_layers)):
                 attend = None if attends is None else attends[index]
                 if part is not None:
                     attend = part.around(

@@ -1,0 +1,85 @@
+"""What can be set of step caches, and what is best where nothing is said.
+
+Defaults were chosen on the built-in model at its 20 steps: those that save about half of the forwards while
+it draws what it is asked for about as often as without (`vidgen measure adherence --cache NAME`).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+METHODS = ("none", "tea", "taylor", "gated_taylor", "mag", "first_block")
+
+# by method: threshold, first steps that always run, last ones, most skips in a row, order of the forecast
+DEFAULTS: dict[str, tuple[float | None, int, int, int, int]] = {
+    "tea": (0.2, 5, 2, 3, 0),
+    "taylor": (None, 5, 1, 2, 1),
+    "gated_taylor": (0.15, 3, 1, 3, 1),
+    "mag": (0.05, 3, 1, 3, 1),
+    "first_block": (0.2, 3, 1, 3, 0),
+}
+OPEN = ("threshold", "warm_up_steps", "last_steps", "max_skips", "order")
+MAX_ORDER = 4
+
+Curve = tuple[tuple[float, float], ...]  # (noise level, magnitude), levels descending
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """Settings of all step caches; ValueError for one that cannot be. A threshold of 0 skips nothing."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - read where these settings come from a file
+
+    method: str = "none"
+    threshold: float | None = None  # a step is skipped while the drift is below; None: the method's default
+    warm_up_steps: int | None = None  # a block's first steps, which always run; None: the method's default
+    last_steps: int | None = None  # those at the end that always run
+    max_skips: int | None = None  # in a row; taylor skips so many and runs one, by the clock
+    order: int | None = None  # of the forecast: 0 says again what was said last, 1 goes on in a line
+    coefficients: tuple[float, ...] | None = None  # tea: polynomial of the change, highest power first
+    calibration: str | None = None  # mag, tea: a file of `vidgen measure calibration`; None: the model's own
+    magnitudes: Curve | None = None  # mag: the curve of such a file, once resolved
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method}: there are {', '.join(METHODS)}")
+        threshold = self.threshold
+        if threshold is not None and not (threshold >= 0 and math.isfinite(threshold)):
+            raise ValueError(f"threshold={threshold}: need 0 (nothing is skipped) or more")
+        if threshold is not None and self.method == "taylor":
+            raise ValueError(
+                f"threshold={threshold} with method=taylor: it skips by the clock; set max_skips, or take "
+                "gated_taylor"
+            )
+        for name, least in (("warm_up_steps", 1), ("last_steps", 0), ("max_skips", 0), ("order", 0)):
+            count = getattr(self, name)
+            if count is not None and count < least:
+                raise ValueError(f"{name}={count}: need at least {least}")
+        if (self.order or 0) > MAX_ORDER:
+            raise ValueError(f"order={self.order}: need 0 to {MAX_ORDER}")
+        self._check_curves()
+
+    def _check_curves(self) -> None:
+        if self.coefficients is not None and not (
+            self.coefficients and all(math.isfinite(number) for number in self.coefficients)
+        ):
+            raise ValueError(f"coefficients={self.coefficients}: need one finite number or more")
+        curve = self.magnitudes
+        if curve is None:
+            return
+        levels = [level for level, _ in curve]
+        if len(curve) < 2 or levels != sorted(set(levels), reverse=True) or min(m for _, m in curve) <= 0:
+            raise ValueError(
+                "magnitudes: need two pairs or more of a noise level, descending, and a magnitude above 0"
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether something must be known of the model that these settings do not say."""
+        return self.method == "mag" and self.magnitudes is None
+
+    def resolved(self) -> "CacheSettings":
+        """The same with the method's defaults filled in."""
+        if self.method == "none":
+            return self
+        filled = zip(OPEN, DEFAULTS[self.method], strict=True)
+        return replace(self, **{name: value for name, value in filled if getattr(self, name) is None})
