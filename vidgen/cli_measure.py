@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vidgen.builtin import SmallModel
+    from vidgen.measure.nearest import Compared
     from vidgen.media.source import VideoSource
     from vidgen.types import Recommended
 
@@ -202,6 +203,57 @@ def video(
             *map(_parts, sources), block_frames=block_frames, scene=scene, with_lpips=with_lpips
         )
     return _tell(_plain(found), as_json)
+
+
+@measure.command()
+def nearest(
+    model: Model = "builtin",
+    prompts: Prompts = 16,
+    seed: Seed = 0,
+    references: Annotated[
+        int, typer.Option("--references", min=1, metavar="N", help="training clips")
+    ] = 20000,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", metavar="FILE", help="PNG: each sample, then its nearest")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Hold samples of scenes never trained on against the nearest training clips: drawn, or remembered?"""
+    from vidgen.measure.nearest import compare
+
+    found = compare(_small(model), prompts, references, seed)
+    if sheet is not None:
+        _save_pairs(found, sheet)
+    result = {
+        "prompts": len(found.scenes),
+        "references": references,
+        "sample to nearest, median": round(found.of_samples.distance_N.median().item(), 4),
+        "sample to nearest, least": round(found.of_samples.distance_N.min().item(), 4),
+        "real clip to nearest, median": round(found.of_real.distance_N.median().item(), 4),
+        "real clip to nearest, least": round(found.of_real.distance_N.min().item(), 4),
+    }
+    return _tell(result, as_json)
+
+
+def _save_pairs(found: "Compared", target: Path) -> None:
+    """A row a sample: six of its frames, then the same six of the nearest training clip."""
+    import torch
+
+    from vidgen.media.segments import replacing
+    from vidgen.media.sheet import contact_sheet
+
+    shown = [0, 3, 6, 9, 12, 15]
+    rows = [
+        clip[:, shown]
+        for sample, near in zip(found.samples_N3FYX, found.of_samples.clips_N3FYX, strict=True)
+        for clip in (sample, near)
+    ]
+    frames = torch.cat(rows, dim=1).movedim(0, -1).add(1).mul(127.5).round().clamp(0, 255).byte().numpy()
+    labels = [
+        text for scene in found.scenes for text in (scene.caption(), "nearest training clip") for _ in shown
+    ]
+    with replacing(target) as path:
+        contact_sheet(frames, num_columns=12, num_tiles=len(frames), labels=labels).save(path, "PNG")
 
 
 def _open(path: Path, opened: ExitStack) -> "VideoSource":
