@@ -7,7 +7,7 @@ from typing import Any
 from vidgen.parallel.gang import Gang, GangConfig, GangFailed
 
 ANSWER_S = 5.0
-LET_GO_S = 5.0
+LET_GO_S = 10.0
 PING_S = 0.5
 
 

@@ -29,18 +29,41 @@ def _cuda_works() -> bool:
         return torch.cuda.is_available()
 
 
+# files that start Ray, which takes seconds of every core: one worker of xdist has them all, one after another
+ON_RAY = {
+    "families/test_wan_jobs.py",
+    "parallel/test_driver_faults.py",
+    "parallel/test_faults.py",
+    "parallel/test_low_delay.py",
+    "parallel/test_node_loss.py",
+    "parallel/test_on_ray.py",
+    "parallel/test_schemes_on_ray.py",
+    "parallel/test_standing.py",
+    "serve/test_ranks.py",
+}
 # folders whose files take longest: begun first, they do not keep one worker busy when the others are done;
 # before all of them those of the command line, which must find no Ray that tests before them have left
-FIRST = ("cli", "parallel", "serve", "render", "families", "kernels")
+FIRST = ("cli", "serve", "render", "families", "kernels", "parallel")
+
+
+def _file(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()
 
 
 def _place(item: pytest.Item) -> int:
-    room = item.path.relative_to(Path(__file__).parent).parts[0]
+    file = _file(item)
+    room = file.partition("/")[0]
+    if file in ON_RAY:
+        return -1
     return FIRST.index(room) if room in FIRST else len(FIRST)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
+    for item in items:
+        file = _file(item)
+        item.add_marker(pytest.mark.xdist_group("ray" if file in ON_RAY else file))
     if _cuda_works():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")

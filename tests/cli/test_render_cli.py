@@ -98,6 +98,17 @@ def test_canonical_flags_reach_the_job(run: Run):
             "residual_guidance": "self",
             "static_threshold": None,
         },
+        "cache": {
+            "method": "none",
+            "threshold": None,
+            "warm_up_steps": None,
+            "last_steps": None,
+            "max_skips": None,
+            "order": None,
+            "coefficients": None,
+            "calibration": None,
+            "magnitudes": None,
+        },
         "parallel": {
             "ranks": 1,
             "scheme": "given",
