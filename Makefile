@@ -26,7 +26,7 @@ demo: setup  ## render configs/demo.yaml to out/demo.mp4 with the built-in model
 	$(VENV)/bin/vidgen render --config configs/demo.yaml --output out/demo.mp4 --overwrite
 
 test: setup  ## run the tests (without a GPU, those marked gpu are skipped)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 soak: setup  ## run the long tests that `make test` leaves out
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 import signal
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,12 +59,21 @@ def _place(item: pytest.Item) -> int:
     return FIRST.index(room) if room in FIRST else len(FIRST)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker at a time for every file, and one for all those on Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file.removeprefix("tests/") in ON_RAY else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
-    for item in items:
-        file = _file(item)
-        item.add_marker(pytest.mark.xdist_group("ray" if file in ON_RAY else file))
     if _cuda_works():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
