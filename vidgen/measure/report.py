@@ -78,7 +78,7 @@ def measure_long(
     what = {
         "measure": "long", "prompts": [scene.caption() for scene in scenes], "seed": seed,
         "num_frames": num_frames, "queue": asdict(queue), "settings": settings_text(settings),
-        "training_steps": model.training.get("step"),
+        "training_steps": model.training.get("step"), "codec": str(model.codec.config),
     }  # fmt: skip
 
     def one(index: int) -> Row:

@@ -45,7 +45,7 @@ def measure_switch(
     what = {
         "measure": "switch", "prompts": [f"{old.caption()} > {new.caption()}" for old, new in pairs],
         "seed": seed, "blocks_each": blocks_each, "queue": asdict(queue), "settings": settings_text(settings),
-        "training_steps": model.training.get("step"),
+        "training_steps": model.training.get("step"), "codec": str(model.codec.config),
     }  # fmt: skip
 
     def one(index: int) -> Row:
