@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from vidgen import render as rendering
+from vidgen import run as rendering
 from vidgen.config import JobConfig, parse_job
 from vidgen.journal import Journal
 from vidgen.media.source import VideoSource
