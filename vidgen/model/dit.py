@@ -18,6 +18,7 @@ from torch.nn.functional import silu
 
 from vidgen.kernels.attention.api import attention_backend, check_name, current_backend
 from vidgen.kernels.attention.windows import sliding_window_3d
+from vidgen.kernels.denormals import flushing_denormals
 from vidgen.kernels.modulate.api import norm_modulate
 from vidgen.model.context import Context, LayerKeyValues
 from vidgen.model.dtypes import DTYPES, DType, cast
@@ -236,7 +237,8 @@ class DiT(nn.Module):
         text_BND, log_weights_N = self._weighted(conditioning.text_BND, positions.backend)
         shared = conditioning.noise_BF6D, text_BND, positions
         lent = []
-        with attention_backend(positions.backend):  # for `attends`
+        # the backend is for `attends`
+        with attention_backend(positions.backend), flushing_denormals(x_BFSD.device):
             for index, layer in enumerate(islice(self.layers, num_layers)):
                 attend = None if attends is None else attends[index]
                 if part is not None:
