@@ -15,12 +15,12 @@ import torch
 
 from vidgen.bench.machine import machine_facts
 from vidgen.bench.output_rates import ENOUGH_S, FRAMES, Clock, decode_rate, latents_of, rate, write_rate
+from vidgen.bench.passes import middle
 from vidgen.bench.rendering import PROMPT
 from vidgen.bench.two_ranks import link_rates, measured_busy, process_bytes
 from vidgen.config import parse_job
 from vidgen.denoise.loop import make_window, take_step
 from vidgen.engine import Engine
-from vidgen.kernels.attention.api import attention
 from vidgen.limits import available_memory_bytes
 from vidgen.model.context import Context, KeyValue
 from vidgen.model.dit import Conditioning, DiT
@@ -40,19 +40,23 @@ from vidgen.sections import MAX_RANKS
 # B batch, F latent frames, S tokens per frame, D width, N text tokens, H heads
 
 MOST_LAYERS = 8  # of a model that is timed: as many as it has, so that caches are as full as in a render
+PASSES = 3
 PARTS = (4, 2)  # of one frame's tokens, for ranks that share them
 
 
 @torch.inference_mode()
-def calibrate(model: str = "builtin", device: str | None = None) -> Hardware:
-    """The profile of this machine for a model; it fits models of other sizes less well."""
+def calibrate(model: str = "builtin", device: str | None = None, passes: int = PASSES) -> Hardware:
+    """The profile of this machine for a model; it fits models of other sizes less well.
+
+    Everything is measured in several passes, and the middle counts: a machine has slow minutes.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     engine = Engine.from_pretrained(model, with_dit=False)
     plan = engine.plan(parse_job({"model": model, "prompt": PROMPT, "queue": {"timetable": "full"}}))
     threads, before = plan.job.threads or 1, torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return _measured(engine, plan, Clock(device, threads), threads)
+        return middle([_measured(engine, plan, Clock(device, threads), threads) for _ in range(passes)])
     finally:
         torch.set_num_threads(before)
 
@@ -60,7 +64,7 @@ def calibrate(model: str = "builtin", device: str | None = None) -> Hardware:
 def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardware:
     device, cores = clock.device, os.cpu_count() or 1
     config = engine.config
-    layers, run_s = _layers(plan, clock)
+    layers, attention, run_s = _layers(plan, clock)
     decode, write = decode_rate(engine, plan, clock), write_rate(plan)
     shared, gloo = link_rates()
     facts = machine_facts()
@@ -74,7 +78,7 @@ def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardwar
         ranks_per_node=torch.cuda.device_count() if device == "cuda" else MAX_RANKS,
         process_bytes=process_bytes(),
         layers={config.dtype: layers},
-        attention={config.dtype: _attention(plan, clock)},
+        attention={config.dtype: attention},
         joining=_joining(plan, clock),
         ends=_ends(plan, clock),
         solver=_solver(plan, clock),
@@ -85,29 +89,47 @@ def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardwar
         decode=decode,
         decode_alone=decode,
         write=write,
-        busy=() if device == "cuda" else measured_busy(cores),
+        busy=()
+        if device == "cuda"
+        else measured_busy(cores, config.width, config.ffn_width, _tokens_per_frame(plan)),
     )
 
 
-def _layers(plan: Plan, clock: Clock) -> tuple[Rate, float]:
-    """(layers without self-attention by FLOPs, what a run of the model takes beside its layers)."""
+def _layers(plan: Plan, clock: Clock) -> tuple[Rate, Rate, float]:
+    """(layers without self-attention by FLOPs, self-attention by FLOPs, what a run takes beside its layers).
+
+    Attention is what a run takes more with it: among layers, with cold caches, as in a render.
+    """
     config, tokens = plan.task.model.config, _tokens_per_frame(plan)
     count = max(2, min(config.num_layers, MOST_LAYERS))
     one, many = (_random(config, layers, clock.device) for layers in (1, count))
-    points, overheads = [], []
+    layers, attentions, overheads = [], [], []
     grids = [(1, max(1, tokens // part)) for part in PARTS] + [(frames, tokens) for frames in FRAMES]
     for frames, per_frame in grids:
-        of_one, of_many = (clock.seconds(_run(plan, model, frames, per_frame)) for model in (one, many))
-        layer_s = max(1e-9, (of_many - of_one) / (count - 1))
-        points.append((linear_flops(config, frames * per_frame, _num_text_tokens(plan)), layer_s))
+        runs = (
+            _run(plan, one, frames, per_frame),
+            _run(plan, many, frames, per_frame),
+            _run(plan, many, frames, per_frame, attends=True),
+        )
+        of_one, of_many, attending = clock.seconds_of_each(runs)
+        layer_s, length = max(1e-9, (of_many - of_one) / (count - 1)), frames * per_frame
+        layers.append((linear_flops(config, length, _num_text_tokens(plan)), layer_s))
+        attentions.append(
+            (attention_flops(config.width, length, length), max(1e-9, (attending - of_many) / count))
+        )
         overheads.append(max(0.0, of_one - layer_s))
-        if of_many > ENOUGH_S:
+        if attending > ENOUGH_S:
             break
-    return rate(points), float(np.median(overheads))
+    return rate(layers), rate(attentions), float(np.median(overheads))
 
 
-def _run(plan: Plan, model: DiT, frames: int, per_frame: int, others: int = 0) -> Callable[[], object]:
-    """A run of a model's layers without their self-attention; with keys of `others` frames to join."""
+def _run(
+    plan: Plan, model: DiT, frames: int, per_frame: int, others: int = 0, *, attends: bool = False
+) -> Callable[[], object]:
+    """A run of a model's layers, without their self-attention unless it `attends`.
+
+    With keys of `others` frames to join.
+    """
     config, like = model.config, {"device": model.device, "dtype": model.dtype}
     x_BFSD = torch.randn(1, frames, per_frame, config.width, **like)
     noise = torch.randn(1, frames, config.width, **like)
@@ -116,9 +138,9 @@ def _run(plan: Plan, model: DiT, frames: int, per_frame: int, others: int = 0) -
     heads = config.num_heads, config.width // config.num_heads
     kv = KeyValue(*(torch.randn(1, others, per_frame, *heads, **like) for _ in range(2)))
     context = Context(after=(kv,) * len(model.layers)) if others else Context()
-    attends = [lambda query, key, value: query] * len(model.layers)
+    skips = [lambda query, key, value: query] * len(model.layers)
     grid = frames, per_frame, 1
-    return lambda: model.run_layers(x_BFSD, shared, grid, context, attends, lends=False)
+    return lambda: model.run_layers(x_BFSD, shared, grid, context, None if attends else skips, lends=False)
 
 
 def _joining(plan: Plan, clock: Clock) -> Rate:
@@ -128,23 +150,9 @@ def _joining(plan: Plan, clock: Clock) -> Rate:
     model = _random(config, count, clock.device)
     for frames in FRAMES[1:7]:
         others = frames // 2
-        without, joined = (clock.seconds(_run(plan, model, frames, tokens, more)) for more in (0, others))
+        without, joined = clock.seconds_of_each([_run(plan, model, frames, tokens, n) for n in (0, others)])
         points.append(((frames + others) * tokens * config.width, max(1e-9, (joined - without) / count)))
         if joined > ENOUGH_S:
-            break
-    return rate(points)
-
-
-def _attention(plan: Plan, clock: Clock) -> Rate:
-    """Self-attention by FLOPs."""
-    config, tokens = plan.task.model.config, _tokens_per_frame(plan)
-    head_width, dtype, points = config.width // config.num_heads, plan.task.model.dtype, []
-    for length in [max(1, tokens // part) for part in PARTS] + [frames * tokens for frames in FRAMES]:
-        shape = 1, length, config.num_heads, head_width
-        query, key, value = (torch.randn(shape, device=clock.device, dtype=dtype) for _ in range(3))
-        taken = clock.seconds(lambda q=query, k=key, v=value: attention(q, k, v))
-        points.append((attention_flops(config.width, length, length), taken))
-        if taken > ENOUGH_S:
             break
     return rate(points)
 

@@ -37,6 +37,13 @@ class Clock:
         readings = readings if first < ENOUGH_S / readings else 2
         return statistics.median(self._once(action) for _ in range(readings))
 
+    def seconds_of_each(self, actions: Sequence[Callable[[], object]]) -> list[float]:
+        """Of one call of each, the actions taking turns, so that a slow moment hits all alike."""
+        first = max([self._once(action) for action in actions])
+        count = READINGS if first < ENOUGH_S / READINGS else 2
+        readings = [[self._once(action) for action in actions] for _ in range(count)]
+        return [statistics.median(column) for column in zip(*readings, strict=True)]
+
     def _once(self, action: Callable[[], object]) -> float:
         start = self._now()
         action()

@@ -22,6 +22,7 @@ SMALL, LARGE = 16, 2**20  # numbers of a message
 ROUNDS = 40
 DEADLINE_S = 120.0
 BUSY_S = 1.5
+FRAMES_OF_WORK, NUM_LAYERS = 16, 8  # a round's tokens and weights are more than a core's own cache
 ENDS = {"rank": 0, "peer": 1, "depth": 2, "timeout_s": DEADLINE_S}
 
 
@@ -38,10 +39,13 @@ def process_bytes() -> int:
     return _together(_memory, 1)[0]
 
 
-def measured_busy(cores: int) -> tuple[tuple[float, float], ...]:
-    """(processes at work, how much slower each is): by CPU time up to the number of cores, shared beyond."""
+def measured_busy(cores: int, width: int, hidden: int, tokens: int) -> tuple[tuple[float, float], ...]:
+    """(processes at work, how much slower each is): by CPU time up to the number of cores, shared beyond.
+
+    The work is what a model's layers are made of, at their sizes.
+    """
     counts = sorted({1, min(2, cores), cores})
-    taken = {count: max(_together(_work, count)) for count in counts}
+    taken = {count: max(_together(_work, count, width, hidden, tokens)) for count in counts}
     factors = [(float(count), max(1.0, taken[count] / taken[1])) for count in counts]
     rising = [
         (count, max(factor for _, factor in factors[: i + 1])) for i, (count, factor) in enumerate(factors)
@@ -167,14 +171,19 @@ def _rounds(taken: list[float]) -> Iterator[Iterator[int]]:
     taken.append(sum(quick) / len(quick) / 2)
 
 
-def _work(_: int, swap: Callable[[Any], Any]) -> float:
+def _work(_: int, swap: Callable[[Any], Any], width: int, hidden: int, tokens: int) -> float:
     """CPU seconds of a round of what ranks do most: products of matrices and passes over memory."""
-    x, weight = torch.randn(96, 512), torch.randn(512, 512)
+    x = torch.randn(FRAMES_OF_WORK * tokens, width)
+    layers = [
+        (torch.randn(hidden, width) / width, torch.randn(width, hidden) / hidden) for _ in range(NUM_LAYERS)
+    ]
     swap(0)
     swap(0)
-    end, rounds, before = time.monotonic() + BUSY_S, 0, time.thread_time()
+    end, rounds, before = time.monotonic() + BUSY_S, 0, time.perf_counter()
     while time.monotonic() < end:
-        for _ in range(20):
-            torch.nn.functional.gelu(x @ weight + x)
+        for up, down in layers:
+            y = torch.nn.functional.layer_norm(x, (width,))
+            y = torch.nn.functional.gelu(y @ up.T, approximate="tanh") @ down.T
+            x = (x + y) * 0.999
         rounds += 1
-    return (time.thread_time() - before) / max(rounds, 1)
+    return (time.perf_counter() - before) / max(rounds, 1)
