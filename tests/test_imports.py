@@ -117,6 +117,7 @@ ROOMS: dict[str, Room] = {
     "vidgen.products": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.doctor": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.bench": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
+    "vidgen.ablate": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.serve": Room(engine=("vidgen",), but_not=("vidgen.train",)),
     "vidgen.cli": Room(engine=("vidgen",)),
     "vidgen.cli_*": Room(engine=("vidgen",)),

@@ -12,6 +12,7 @@ import typer
 
 from vidgen import (
     __version__,
+    cli_ablate,
     cli_batch,
     cli_bench,
     cli_client,
@@ -46,6 +47,7 @@ app.command()(cli_client.cancel)
 app.command()(cli_client.ls)
 app.command()(cli_client.download)
 app.command()(cli_plan.plan)
+app.command()(cli_ablate.ablate)
 app.command()(cli_inspect.doctor)
 app.command()(cli_train.train)
 app.add_typer(cli_inspect.models, name="models")

@@ -41,7 +41,8 @@ def test_measured_rates_rise_with_the_work(engine: Engine, plan: Plan, monkeypat
     for module in (calibrate, output_rates):
         monkeypatch.setattr(module, "FRAMES", (1, 2, 4, 8))
     clock = Clock("cpu", 1)
-    layers, run_s = _layers(plan, clock)
+    layers, attention, run_s = _layers(plan, clock)
+    assert attention.seconds[-1] >= attention.seconds[0] > 0
     assert run_s >= 0 and layers.seconds[-1] > layers.seconds[0] > 0
     assert _joining(plan, clock).seconds[0] > 0
     assert decode_rate(engine, plan, clock).seconds[-1] > 0

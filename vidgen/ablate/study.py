@@ -1,0 +1,137 @@
+"""Runs an ablation: cell after cell, video after video, each kept as soon as it is there.
+
+A study is a folder: FOLDER/cells/NAME-DIGEST has a cell's videos (.mp4, and their clean latents) and a line
+of figures for each in videos.jsonl. The same call made again goes on with what is missing. The digest is of
+the cell's settings, the exact cell's and the model, so that a grid may grow: what it has in common with the
+one before is not rendered again.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from vidgen.ablate.figures import Eyes, Row, cell_figures, set_figures
+from vidgen.ablate.rendering import CellFailed, Worker
+from vidgen.ablate.scenes import prompts_of
+from vidgen.ablate.settings import AblationConfig, Cell
+from vidgen.journal import hold
+from vidgen.measure.keeping import kept_rows
+from vidgen.render import load_engine
+
+DONE, FAILED, IMPOSSIBLE = "done", "failed", "impossible"
+MARK = "ablation.json"
+
+
+class Stopped(Exception):
+    """A study was asked to stop; what is finished is kept."""
+
+
+class Study:
+    """An ablation in its folder. ValueError for a folder that holds something else."""
+
+    def __init__(self, config: AblationConfig, cells: Sequence[Cell], folder: Path, timeout_s: float) -> None:
+        self.config, self.cells, self.folder, self.timeout_s = config, cells, folder, timeout_s
+        self.prompts = prompts_of(config)
+        if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
+            raise ValueError(f"{folder}: is not an ablation's folder and not empty; choose another -o")
+        self.engine = load_engine(cells[0].job)
+        self._eyes = Eyes(self.engine)
+        self._model = self.engine.sha256()
+        self._should_stop: Callable[[], bool] = lambda: False
+
+    @property
+    def exact(self) -> Cell:
+        """What the others are held against."""
+        return self.cells[0]
+
+    def run(self, done: Callable[[Row], None], should_stop: Callable[[], bool] = lambda: False) -> list[Row]:
+        """A row per cell, told of as it is done. Stopped when asked to, after a video.
+
+        A cell that cannot be, or fails, has a row that says why; the others go on. ValueError when that is
+        the exact one.
+        """
+        self._should_stop = should_stop
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with closing(hold(self.folder)):
+            (self.folder / MARK).write_text(self.config.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            rows = []
+            for cell in self.cells:
+                rows.append(self._cell(cell))
+                done(rows[-1])
+                if cell is self.exact and rows[0]["state"] != DONE:
+                    raise ValueError(f"the exact cell, which all are held against: {rows[0]['why']}")
+        return rows
+
+    def place(self, cell: Cell) -> Path:
+        """The cell's folder."""
+        plain = re.sub(r"[^A-Za-z0-9.=+-]+", "-", cell.name)[:80].strip("-")
+        given = self.config.prompts, self.config.seed, self.exact.facts, self._model
+        return self.folder / "cells" / f"{plain}-{cell.digest(*given)}"
+
+    def latents(self, cell: Cell, video: int) -> Path:
+        """A video's clean latents."""
+        return self.place(cell) / f"{video:04d}.safetensors"
+
+    def rows(self, cell: Cell) -> Iterator[Row]:
+        """A row of figures per video: those that are kept, and the others as they are rendered.
+
+        CellFailed, and ValueError for a cell that cannot be.
+        """
+        place = self.place(cell)
+        place.mkdir(parents=True, exist_ok=True)
+        what = {"cell": cell.facts, "exact": self.exact.facts, "model_sha256": self._model}
+        with Worker(cell, self.timeout_s) as worker:
+            yield from kept_rows(
+                place / "videos.jsonl",
+                what,
+                self.config.videos,
+                lambda video: self._video(cell, worker, video),
+            )
+
+    def _cell(self, cell: Cell) -> Row:
+        row: Row = {"cell": cell.name, "settings": cell.settings}
+        try:
+            rows = list(self.rows(cell))
+        except (CellFailed, ValueError) as error:
+            state = FAILED if isinstance(error, CellFailed) else IMPOSSIBLE
+            return row | {"state": state, "why": str(error)}
+        exact = rows if cell is self.exact else list(self.rows(self.exact))
+        row |= {"state": DONE, **cell_figures(rows, exact)}
+        seen, others = (
+            [self.see(which, video) for video in range(len(rows))] for which in (cell, self.exact)
+        )
+        return row | set_figures(seen, others)
+
+    def _video(self, cell: Cell, worker: Worker, video: int) -> Row:
+        if self._should_stop():
+            raise Stopped
+        prompt, output = self.prompts[video], self.place(cell) / f"{video:04d}.mp4"
+        taken = worker.render(prompt, self.config.seed + video, output)
+        if "cannot" in taken:
+            raise ValueError(taken["cannot"])
+        pictures = self.see(cell, video)
+        exact = pictures if cell is self.exact else self.see(self.exact, video)
+        if pictures.shape != exact.shape:
+            raise ValueError(f"its videos are {tuple(pictures.shape)}, the exact ones {tuple(exact.shape)}")
+        seen = self._eyes.measure(pictures, exact, prompt, None)
+        return {"prompt": prompt, **taken, **_plain(seen)}
+
+    def see(self, cell: Cell, video: int) -> Any:
+        num_frames = cell.job.num_frames or self.engine.family.recommended.num_frames
+        return self._eyes.see(self.latents(cell, video), num_frames)
+
+
+def _plain(found: Row) -> Row:
+    """Figures as JSON knows them."""
+    return {
+        name: str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+        for name, value in found.items()
+    }
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    """A row a line, for machines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
