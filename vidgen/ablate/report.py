@@ -110,7 +110,7 @@ def _sheet(study: Study, rows: Sequence[Row], video: int) -> bytes:
         frames = study.see(cell, video)
         at = torch.linspace(0, frames.shape[1] - 1, SHOWN_FRAMES).round().long()
         lines.append(_pictures(shrink(frames[:, at], SHEET_SIDE)))
-        labels += [cell.name] * len(at)
+        labels += [f"{cell.name}, frame {number}" for number in at.tolist()]
     shown = torch.cat(lines).numpy()
     sheet, file = (
         contact_sheet(shown, num_columns=SHOWN_FRAMES, num_tiles=len(shown), labels=labels),
