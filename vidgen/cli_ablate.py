@@ -50,7 +50,7 @@ def ablate(
             write_line("stdout", f"{cell.name}  {json.dumps(cell.settings)}")
         return OK
     from vidgen.ablate.report import write_report, write_results
-    from vidgen.ablate.study import DONE, Stopped, Study
+    from vidgen.ablate.study import FAILED, Stopped, Study
 
     study = Study(config, cells, folder, timeout_s)
     rows: list[dict[str, Any]] = []
@@ -69,7 +69,7 @@ def ablate(
         report = write_report(study, rows)
     if not as_json:
         write_line("stdout", f"report  {report}")
-    failed = [row["cell"] for row in rows if row["state"] not in (DONE, "impossible")]
+    failed = [row["cell"] for row in rows if row["state"] == FAILED]
     if failed:
         tried = (
             f"{len(failed)} of {len(cells)} cells failed ({', '.join(failed[:3])}); the same call tries again"

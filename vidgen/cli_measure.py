@@ -1,7 +1,6 @@
 """`vidgen measure`: how good a model is, and what can be said of a video."""
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -181,7 +180,7 @@ def video(
     as_json: Json = False,
 ) -> int:
     """Say what can be measured of a video: alone, and against another of the same size and length."""
-    from vidgen.measure.summary import measure_video
+    from vidgen.measure.summary import measure_video, plain
     from vidgen.world import parse_caption
 
     if with_lpips and against is None:
@@ -202,7 +201,7 @@ def video(
         found = measure_video(
             *map(_parts, sources), block_frames=block_frames, scene=scene, with_lpips=with_lpips
         )
-    return _tell(_plain(found), as_json)
+    return _tell(plain(found), as_json)
 
 
 @measure.command()
@@ -274,14 +273,6 @@ def _parts(source: "VideoSource") -> "Iterator[Tensor]":
     for start in range(0, source.num_frames, at_once):
         pictures = source.frames(range(start, min(start + at_once, source.num_frames)))
         yield torch.from_numpy(pictures).permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
-def _plain(found: dict[str, Any]) -> dict[str, Any]:
-    """Figures as JSON knows them: rounded, and words for those that are no numbers."""
-    return {
-        name: (round(value, 5) if math.isfinite(value) else str(value)) if isinstance(value, float) else value
-        for name, value in found.items()
-    }
 
 
 def _small(model: str) -> "SmallModel":

@@ -1,7 +1,8 @@
 """Floating-point operations of a whole render: what there is to do, whoever does it and however fast."""
 
-from collections import Counter
+from functools import lru_cache
 
+from vidgen.denoise.timetable import Timetable
 from vidgen.parallel.planner.schemes import Scheme
 from vidgen.parallel.planner.work import (
     Film,
@@ -11,7 +12,7 @@ from vidgen.parallel.planner.work import (
     linear_flops,
     out_channels,
 )
-from vidgen.parallel.simulation.attempt import item_of
+from vidgen.parallel.simulation.attempt import course_of
 from vidgen.parallel.simulation.workload import Item
 
 
@@ -21,11 +22,15 @@ def render_flops(film: Film, scheme: Scheme, *, ran: float = 1.0, density: float
     `ran` is the share of the forwards that no step cache skipped, `density` that of the pairs of queries and
     keys in self-attention that were not left out, both means over the render.
     """
-    items = Counter(
-        item_of(scheme.timetable, forward) for tick in scheme.timetable.ticks() for forward in tick
-    )
-    once = sum(count * _run_flops(film, scheme, item, density) for item, count in items.items())
-    return film.branches * ran * once
+    counts = item_counts(scheme.timetable, film.branches)
+    return ran * sum(count * _run_flops(film, scheme, item, density) for item, count in counts.items())
+
+
+@lru_cache(maxsize=64)
+def item_counts(timetable: Timetable, runs: int) -> dict[Item, int]:
+    """How often the model runs on windows of each size, with so many runs a forward."""
+    course = course_of(timetable, (runs,) * timetable.num_steps)
+    return {item: int(count) for item, count in zip(course.kinds, course.counts(), strict=True)}
 
 
 def _run_flops(film: Film, scheme: Scheme, item: Item, density: float) -> float:

@@ -6,18 +6,17 @@ fit into memory. Times are those of a render that has begun: starting processes 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from vidgen.denoise.timetable import Timetable
 from vidgen.parallel.first import default_in_flight
 from vidgen.parallel.links import DEPTH_BYTES, DEPTHS
 from vidgen.parallel.planner.cost_model import CostModel
+from vidgen.parallel.planner.flops import item_counts, render_flops
 from vidgen.parallel.planner.hardware import Hardware
 from vidgen.parallel.planner.memory_model import Memory, rank_memory
 from vidgen.parallel.planner.schemes import Scheme
-from vidgen.parallel.planner.work import Film, attention_flops, linear_flops
-from vidgen.parallel.simulation.attempt import course_of
+from vidgen.parallel.planner.work import Film
 from vidgen.parallel.simulation.simulate import Item, Link, Run, Work, simulate
 from vidgen.parallel.topology import AXES, Lanes, Topology
 
@@ -39,7 +38,7 @@ class Planned:
     waiting_share: float = 0.0  # share of a rank's work that is waiting for other lanes
     decoding_share: float = 0.0  # of the time, that the decoder is at work
     sent_bytes: int = 0  # by all ranks, of the whole render
-    flops: float = 0.0  # of all layers on all ranks
+    flops: float = 0.0  # of all runs of the model, on all ranks
 
     @property
     def timetable(self) -> Timetable:
@@ -121,7 +120,7 @@ def examine(film: Film, hardware: Hardware, scheme: Scheme, lanes: Lanes, num_st
     """One plan: whether it fits, and what it takes if it does."""
     num_ranks = lanes.num_lanes * num_stages
     model = CostModel(film, hardware, lanes, num_ranks, scheme.clips)
-    counts = _counts(scheme.timetable, model.runs)
+    counts = item_counts(scheme.timetable, model.runs)
     typical = max(counts, key=lambda item: (counts[item], item.window))
     topology = model.cut(num_stages, typical)
     memory = rank_memory(model, topology, scheme.timetable)
@@ -133,7 +132,6 @@ def examine(film: Film, hardware: Hardware, scheme: Scheme, lanes: Lanes, num_st
     layer_bytes = sum(count * model.layer(item).sent_bytes for item, count in counts.items())
     sent = sum(run.bytes_per_link) + layer_bytes * film.dit.num_layers
     sent += sum(count * model.step_bytes(item) for item, count in counts.items())
-    flops = sum(count * _flops(model, item) for item, count in counts.items())
     return Planned(
         scheme=scheme,
         topology=topology,
@@ -145,7 +143,7 @@ def examine(film: Film, hardware: Hardware, scheme: Scheme, lanes: Lanes, num_st
         waiting_share=layer.exchange_s / layer.seconds,
         decoding_share=scheme.timetable.num_blocks * _decode_s(model, scheme.timetable, 1) / run.makespan_s,
         sent_bytes=round(sent * lanes.num_lanes),
-        flops=flops * film.dit.num_layers,
+        flops=render_flops(film, scheme),
     )
 
 
@@ -193,23 +191,6 @@ def _decode_s(model: CostModel, timetable: Timetable, slow: float) -> float:
     pixels, hardware = own * model.film.pixels_per_frame, model.hardware
     decode = hardware.decode if model.num_ranks > 1 else hardware.decode_alone
     return slow * (decode.seconds_of(pixels) + hardware.write.seconds_of(pixels))
-
-
-@lru_cache(maxsize=64)
-def _counts(timetable: Timetable, runs: int) -> dict[Item, int]:
-    """How often the model runs on windows of each size."""
-    course = course_of(timetable, (runs,) * timetable.num_steps)
-    return {item: int(count) for item, count in zip(course.kinds, course.counts(), strict=True)}
-
-
-def _flops(model: CostModel, item: Item) -> float:
-    """Of a layer in all lanes, as if its work were shared evenly."""
-    film, tokens, batch = model.film, model.film.tokens_per_frame, model.batch * model.lanes.guidance
-    keys = item.window + item.context
-    if model.clips is not None:
-        keys = model.calls(item)[2]
-    attention = attention_flops(film.dit.width, item.window * batch * tokens, keys * tokens)
-    return linear_flops(film.dit, item.window * batch * tokens, film.text_tokens) + attention
 
 
 def _too_much(hardware: Hardware, topology: Topology, memory: Sequence[Memory]) -> str | None:

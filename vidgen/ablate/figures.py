@@ -1,28 +1,26 @@
 """What is measured of a cell's videos: each against the exact one, and all together."""
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vidgen.builtin import FAMILY
 from vidgen.engine import Engine
 from vidgen.measure.adherence import CLIP_FRAMES, FACTORS
 from vidgen.measure.apart import NEIGHBOURS, spatial_scores, temporal_score
 from vidgen.measure.fidelity import DATA_RANGE
-from vidgen.measure.summary import measure_video, shrink
+from vidgen.measure.keeping import Row
+from vidgen.measure.perceptual import SMALLEST, has_lpips
+from vidgen.measure.summary import measure_video
 from vidgen.world import Scene, parse_caption
 
-HAS_LPIPS = importlib.util.find_spec("lpips") is not None
 MEANS = ("ssim", "lpips", "flicker", "motion_smoothness", "look_drift", "sharpness")
 ADHERES = ("all", *FACTORS)
-
-Row = dict[str, Any]
 
 
 class Eyes:
@@ -30,7 +28,8 @@ class Eyes:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.judges = engine.family.facts().get("family") == "vidgen-small"
+        self.judges = engine.family.facts()["family"] == FAMILY
+        self.has_lpips = has_lpips()
 
     @torch.inference_mode()
     def see(self, latents: Path, num_frames: int) -> Tensor:
@@ -38,12 +37,14 @@ class Eyes:
         clean = load_file(latents)["latents"]
         return self.engine.family.codec().stream().decode(clean)[0, :, :num_frames].clamp(-1, 1).cpu()
 
-    def measure(self, video: Tensor, exact: Tensor, prompt: str, block_frames: int | None) -> Row:
+    def measure(self, video: Tensor, exact: Tensor, prompt: str) -> Row:
         """Figures of one video, "adherence" only where the prompt is of the built-in model's world."""
         return measure_video(
-            [video], [exact], block_frames=block_frames, scene=self._scene(prompt),
-            with_lpips=HAS_LPIPS and min(video.shape[-2:]) >= 32,
-        )  # fmt: skip
+            [video],
+            [exact],
+            scene=self._scene(prompt),
+            with_lpips=self.has_lpips and min(video.shape[-2:]) >= SMALLEST,
+        )
 
     def _scene(self, prompt: str) -> Scene | None:
         try:
@@ -86,6 +87,7 @@ def cell_figures(rows: Sequence[Row], exact: Sequence[Row]) -> Row:
 def set_figures(videos: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
     """How alike all stretches of 16 frames are to the exact ones, in time and in space, each apart.
 
+    Videos are shrunk ones.
     Nothing for fewer than six of them, which say nothing.
     """
     clips, others = _clips(videos), _clips(exact)
@@ -100,10 +102,7 @@ def set_figures(videos: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
 
 
 def _clips(videos: Sequence[Tensor]) -> Tensor:
-    small = [shrink(video) for video in videos if video.shape[1] >= CLIP_FRAMES]
-    parts = [
-        clip for video in small for clip in video.split(CLIP_FRAMES, dim=1) if clip.shape[1] == CLIP_FRAMES
-    ]
+    parts = [clip for v in videos for clip in v.split(CLIP_FRAMES, dim=1) if clip.shape[1] == CLIP_FRAMES]
     return torch.stack(parts) if parts else torch.empty(0, 3, CLIP_FRAMES, 1, 1)
 
 

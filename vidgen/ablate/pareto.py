@@ -1,9 +1,8 @@
 """Which cells no other one beats."""
 
 from collections.abc import Sequence
-from typing import Any
 
-Row = dict[str, Any]
+from vidgen.measure.keeping import Row
 
 
 def quality_of(rows: Sequence[Row]) -> str:
@@ -30,7 +29,7 @@ def front(rows: Sequence[Row], quality: str) -> list[Row]:
 
 def best_within(rows: Sequence[Row], points: float) -> Row | None:
     """The quickest whose adherence is at most so many points below the exact cell's; None without one."""
-    good = [row for row in rows if row.get("adherence_points", -100.0) >= -points]
+    good = [row for row in rows if "adherence_points" in row and row["adherence_points"] >= -points]
     return max(good, key=lambda row: row["speed_up"], default=None)
 
 

@@ -10,8 +10,8 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from vidgen.ablate.pareto import front
+from vidgen.measure.keeping import Row
 
-Row = dict[str, Any]
 INK, FRONT, EXACT = "#4878a8", "#c44e52", "#222222"
 NAMES = {
     "adherence_points": "adherence against exact, points",

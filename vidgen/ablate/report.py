@@ -17,11 +17,11 @@ from vidgen.ablate.plots import bars, trade
 from vidgen.ablate.settings import AblationConfig
 from vidgen.ablate.study import DONE, Study
 from vidgen.bench.machine import machine_facts
+from vidgen.measure.keeping import Row
 from vidgen.measure.summary import shrink
 from vidgen.media.segments import write_atomically
 from vidgen.media.sheet import contact_sheet
 
-Row = dict[str, Any]
 POINTS = 2.0  # of adherence that a cell may lose and still count as good
 BARS = ("seconds", "first_frame_s", "memory_mib")
 SHOWN_VIDEOS, SHOWN_FRAMES = 2, 8
@@ -29,8 +29,7 @@ SHEET_SIDE = 128  # pixels of a frame's shorter side in a sheet
 COLUMNS = (
     "cell", "seconds", "speed_up", "first_frame_s", "tflops", "skipped", "density", "sent_mib", "memory_mib",
     "adherence_all", "adherence_points", "psnr", "ssim", "lpips", "flicker", "motion_smoothness",
-    "look_drift",
-    "temporal_score", "spatial_fidelity", "spatial_diversity",
+    "look_drift", "temporal_score", "spatial_fidelity", "spatial_diversity",
 )  # fmt: skip
 
 
@@ -112,10 +111,8 @@ def _sheet(study: Study, rows: Sequence[Row], video: int) -> bytes:
         lines.append(_pictures(shrink(frames[:, at], SHEET_SIDE)))
         labels += [f"{cell.name}, frame {number}" for number in at.tolist()]
     shown = torch.cat(lines).numpy()
-    sheet, file = (
-        contact_sheet(shown, num_columns=SHOWN_FRAMES, num_tiles=len(shown), labels=labels),
-        BytesIO(),
-    )
+    sheet = contact_sheet(shown, num_columns=SHOWN_FRAMES, num_tiles=len(shown), labels=labels)
+    file = BytesIO()
     sheet.save(file, "PNG", optimize=True)
     return file.getvalue()
 

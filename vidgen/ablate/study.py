@@ -6,19 +6,20 @@ the cell's settings, the exact cell's and the model, so that a grid may grow: wh
 one before is not rendered again.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-from vidgen.ablate.figures import Eyes, Row, cell_figures, set_figures
+from torch import Tensor
+
+from vidgen.ablate.figures import Eyes, cell_figures, set_figures
 from vidgen.ablate.rendering import CellFailed, Worker
 from vidgen.ablate.scenes import prompts_of
 from vidgen.ablate.settings import AblationConfig, Cell
 from vidgen.journal import hold
-from vidgen.measure.keeping import kept_rows
+from vidgen.measure.keeping import Row, kept_rows
+from vidgen.measure.summary import plain, shrink
 from vidgen.render import load_engine
 
 DONE, FAILED, IMPOSSIBLE = "done", "failed", "impossible"
@@ -41,6 +42,8 @@ class Study:
         self._eyes = Eyes(self.engine)
         self._model = self.engine.sha256()
         self._should_stop: Callable[[], bool] = lambda: False
+        self._exact_rows: list[Row] = []
+        self._small: dict[Path, Tensor] = {}  # the exact cell's videos and those of the cell at hand, shrunk
 
     @property
     def exact(self) -> Cell:
@@ -98,11 +101,16 @@ class Study:
         except (CellFailed, ValueError) as error:
             state = FAILED if isinstance(error, CellFailed) else IMPOSSIBLE
             return row | {"state": state, "why": str(error)}
-        exact = rows if cell is self.exact else list(self.rows(self.exact))
-        row |= {"state": DONE, **cell_figures(rows, exact)}
+        if cell is self.exact:
+            self._exact_rows = rows
+        row |= {"state": DONE, **cell_figures(rows, self._exact_rows)}
         seen, others = (
-            [self.see(which, video) for video in range(len(rows))] for which in (cell, self.exact)
+            [self._shrunk(which, video) for video in range(len(rows))] for which in (cell, self.exact)
         )
+        if cell is not self.exact:
+            self._small = {
+                path: self._small[path] for path in self._small if path.parent == self.place(self.exact)
+            }
         return row | set_figures(seen, others)
 
     def _video(self, cell: Cell, worker: Worker, video: int) -> Row:
@@ -116,22 +124,18 @@ class Study:
         exact = pictures if cell is self.exact else self.see(self.exact, video)
         if pictures.shape != exact.shape:
             raise ValueError(f"its videos are {tuple(pictures.shape)}, the exact ones {tuple(exact.shape)}")
-        seen = self._eyes.measure(pictures, exact, prompt, None)
-        return {"prompt": prompt, **taken, **_plain(seen)}
+        return {"prompt": prompt, **taken, **plain(self._eyes.measure(pictures, exact, prompt))}
 
-    def see(self, cell: Cell, video: int) -> Any:
+    def see(self, cell: Cell, video: int) -> Tensor:
+        """A video [3, F, Y, X] in [-1, 1] that was rendered."""
         num_frames = cell.job.num_frames or self.engine.family.recommended.num_frames
-        return self._eyes.see(self.latents(cell, video), num_frames)
+        path = self.latents(cell, video)
+        seen = self._eyes.see(path, num_frames)
+        self._small[path] = shrink(seen)
+        return seen
 
-
-def _plain(found: Row) -> Row:
-    """Figures as JSON knows them."""
-    return {
-        name: str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
-        for name, value in found.items()
-    }
-
-
-def as_json(rows: Sequence[Row]) -> str:
-    """A row a line, for machines."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    def _shrunk(self, cell: Cell, video: int) -> Tensor:
+        path = self.latents(cell, video)
+        if path not in self._small:
+            self.see(cell, video)
+        return self._small[path]

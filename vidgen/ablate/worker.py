@@ -17,11 +17,11 @@ from typing import Any
 
 from vidgen.ablate.settings import Cell
 from vidgen.choosing import film_of, own_scheme
-from vidgen.config import JobConfig, parse_job
+from vidgen.config import parse_job
 from vidgen.engine import Engine
 from vidgen.live import Live
 from vidgen.parallel.planner.flops import render_flops
-from vidgen.planning import resolve_job
+from vidgen.parallel.rank import peak_memory_bytes
 from vidgen.render import load_engine, render
 from vidgen.run import Rendered
 from vidgen.sparsity.tally import summarise
@@ -65,11 +65,7 @@ class Renderer:
         done = render(job, folder=folder, overwrite=True, live=live)
         shutil.rmtree(folder)
         attempts = (done.evidence or {}).get("attempts", [])
-        start = (
-            min((rank["began_s"] for rank in attempts[0]["ranks"]), default=began[0])
-            if attempts
-            else began[0]
-        )
+        start = min(rank["began_s"] for rank in attempts[0]["ranks"]) if attempts else began[0]
         return {
             "seconds": round(committed[-1] - start, 4),
             "first_frame_s": round(committed[0] - start, 4),
@@ -80,8 +76,6 @@ class Renderer:
 
 def _memory_and_bytes(attempts: list[dict[str, Any]]) -> dict[str, Any]:
     """Of the fullest rank, and of what all ranks sent one another."""
-    from vidgen.parallel.rank import peak_memory_bytes
-
     if not attempts:
         return {"memory_mib": round(peak_memory_bytes() / MIB), "sent_mib": 0.0}
     sent = sum(sum(found["bytes_per_link"].values()) + found["bytes_between_lanes"] for found in attempts)
@@ -99,10 +93,8 @@ def _work(engine: Engine, done: Rendered) -> dict[str, Any]:
     ]
     density = summarise(rows)["density"] if rows else None
     skipped = cache.get("skipped", 0) / cache["forwards"] if cache else 0.0
-    job = resolve_job(engine.family, done.job, engine.sparsity, engine.cache)
-    flops = render_flops(
-        film_of(engine.family, job), own_scheme(engine.family, job), ran=1 - skipped, density=density or 1.0
-    )
+    film, scheme = film_of(engine.family, done.job), own_scheme(engine.family, done.job)
+    flops = render_flops(film, scheme, ran=1 - skipped, density=1.0 if density is None else density)
     return {"skipped": round(skipped, 4), "density": density, "tflops": round(flops / 1e12, 6)}
 
 
@@ -120,8 +112,7 @@ def _lines(cell: Cell, asked: Iterator[str]) -> Iterator[dict[str, Any]]:
 def _told_cell() -> Cell:
     """The cell, as the first line tells it."""
     told = json.loads(sys.stdin.readline())
-    job: JobConfig = parse_job(told["job"])
-    return Cell(name=told["name"], settings={}, job=job)
+    return Cell(name=told["name"], settings={}, job=parse_job(told["job"]))
 
 
 if __name__ == "__main__":

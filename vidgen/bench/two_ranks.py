@@ -40,7 +40,7 @@ def process_bytes() -> int:
 
 
 def measured_busy(cores: int, width: int, hidden: int, tokens: int) -> tuple[tuple[float, float], ...]:
-    """(processes at work, how much slower each is): by CPU time up to the number of cores, shared beyond.
+    """(processes at work, how much slower each is): by the clock up to the number of cores, shared beyond.
 
     The work is what a model's layers are made of, at their sizes.
     """
@@ -172,7 +172,7 @@ def _rounds(taken: list[float]) -> Iterator[Iterator[int]]:
 
 
 def _work(_: int, swap: Callable[[Any], Any], width: int, hidden: int, tokens: int) -> float:
-    """CPU seconds of a round of what ranks do most: products of matrices and passes over memory."""
+    """Seconds of a round of what ranks do most: products of matrices and passes over memory."""
     x = torch.randn(FRAMES_OF_WORK * tokens, width)
     layers = [
         (torch.randn(hidden, width) / width, torch.randn(width, hidden) / hidden) for _ in range(NUM_LAYERS)

@@ -32,6 +32,15 @@ def lpips(video: Tensor, reference: Tensor) -> float:
     return total / video.shape[1]
 
 
+def has_lpips() -> bool:
+    """Whether this machine has the package and its weights."""
+    try:
+        _network()
+    except ValueError:
+        return False
+    return True
+
+
 @cache
 def _network() -> Any:
     try:

@@ -81,6 +81,14 @@ class Nearness:
         return {"psnr": 10 * math.log10(DATA_RANGE**2 / error) if error else math.inf, **means}
 
 
+def plain(found: dict[str, Any]) -> dict[str, Any]:
+    """Figures as JSON knows them: rounded, and words for those that are no numbers."""
+    return {
+        name: (round(value, 5) if math.isfinite(value) else str(value)) if isinstance(value, float) else value
+        for name, value in found.items()
+    }
+
+
 def shrink(video: Tensor, side: int = SIDE) -> Tensor:
     """The video at a shorter side of `side` pixels or a little more: the mean of whole squares of pixels."""
     factor = max(1, min(video.shape[-2:]) // side)
