@@ -71,6 +71,7 @@ class Gang:
         self._group: PlacementGroup | None = None
         self.members: list[Member] = []
         self.topology: Topology | None = None
+        self._measured_cuts: dict[str, Topology] = {}  # by what they were measured for
         self._decoder_memory_bytes = 0
         self._parts: dict[int, dict[int, LoopState]] = {}  # next tick -> rank -> its part of the state
 
@@ -123,10 +124,15 @@ class Gang:
             return Topology(by_hand(given, num_layers).layers_per_stage, lanes)
         if num_stages == 1:
             return Topology((num_layers,), lanes)
+        # costs are never measured alike twice, and another cut would have ranks read weights again
+        asked = repr((blueprint.weights, blueprint.compile, lanes, num_stages))
+        if asked in self._measured_cuts:
+            return self._measured_cuts[asked]
         first = self.ranks[0]  # a gang with fewer ranks than were asked for is cut anew
         costs = self._ask(first.actor.measure.remote(), first)
         cut = balanced(num_layers, num_stages, layer=costs.layer, first=costs.first, last=costs.last)
-        return Topology(cut.layers_per_stage, lanes)
+        self._measured_cuts[asked] = Topology(cut.layers_per_stage, lanes)
+        return self._measured_cuts[asked]
 
     def offer(self, changes: Sequence[OfferedChange]) -> None:
         """Tell every first stage of other prompts; the first lane's last, since it decides when they hold."""
