@@ -19,7 +19,7 @@ from vidgen.measure.perceptual import SMALLEST, has_lpips
 from vidgen.measure.summary import measure_video
 from vidgen.world import Scene, parse_caption
 
-MEANS = ("ssim", "lpips", "flicker", "motion_smoothness", "look_drift", "sharpness")
+MEANS = ("ssim", "lpips", "flicker", "boundary_jump", "motion_smoothness", "look_drift", "sharpness")
 ADHERES = ("all", *FACTORS)
 
 
@@ -37,12 +37,16 @@ class Eyes:
         clean = load_file(latents)["latents"]
         return self.engine.family.codec().stream().decode(clean)[0, :, :num_frames].clamp(-1, 1).cpu()
 
-    def measure(self, video: Tensor, exact: Tensor, prompt: str) -> Row:
-        """Figures of one video, "adherence" only where the prompt is of the built-in model's world."""
+    def measure(self, video: Tensor, exact: Tensor, prompt: str, block_frames: int | None = None) -> Row:
+        """Figures of one video, "adherence" only where the prompt is of the built-in model's world.
+
+        With `block_frames`, how much larger steps between frames are where blocks meet.
+        """
         return measure_video(
             [video],
             [exact],
             scene=self._scene(prompt),
+            block_frames=block_frames,
             with_lpips=self.has_lpips and min(video.shape[-2:]) >= SMALLEST,
         )
 
@@ -118,6 +122,7 @@ def _psnr(each: Sequence[float | str]) -> float | None:
     return round(10 * math.log10(DATA_RANGE**2 / error), 3) if error else None
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+def _mean(values: Sequence[float | str | None]) -> float | None:
+    """Of those that are numbers; a word stands for one that is not finite."""
+    known = [value for value in values if value is not None and not isinstance(value, str)]
     return round(fmean(known), 5) if known else None

@@ -21,6 +21,7 @@ NAMES = {
     "first_frame_s": "seconds to the first frame",
     "memory_mib": "peak memory of the fullest rank, MiB",
 }
+LABEL_SHIFTS = (0, *(sign * 8 * times for times in range(1, 13) for sign in (1, -1)))  # points
 SVG: dict[Any, Any] = {"svg.hashsalt": "vidgen", "font.size": 9}  # the same figures give the same file
 
 
@@ -35,16 +36,13 @@ def trade(rows: Sequence[Row], quality: str) -> bytes:
             where="pre", color=FRONT, linewidth=1, alpha=0.6, zorder=1,
         )  # fmt: skip
         names = {row["cell"] for row in best}
-        for place, row in enumerate(shown):
+        for row in shown:
             colour = FRONT if row["cell"] in names else INK
             axes.scatter(row["speed_up"], row[quality], s=22, color=colour, zorder=2)
-            axes.annotate(
-                row["cell"], (row["speed_up"], row[quality]), textcoords="offset points",
-                xytext=(5, 4 if place % 2 else -9), fontsize=7,
-            )  # fmt: skip
-        axes.margins(x=0.18, y=0.12)
+        axes.margins(x=0.25, y=0.12)
         axes.set(xlabel=NAMES["speed_up"], ylabel=NAMES[quality])
         axes.grid(alpha=0.25)
+        _label(axes, [(row["cell"], row["speed_up"], row[quality]) for row in shown])
         return _svg(figure)
 
 
@@ -64,6 +62,23 @@ def bars(rows: Sequence[Row], names: Sequence[str]) -> bytes:
             axes.margins(x=0.15)
         panels[0][0].invert_yaxis()
         return _svg(figure)
+
+
+def _label(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Write each point's name beside it, at the nearest height at which it covers no other."""
+    axes.figure.canvas.draw()  # else nobody knows yet where anything is
+    taken = []
+    for name, *place in sorted(points, key=lambda point: point[2]):
+        for shift in LABEL_SHIFTS:
+            text = axes.annotate(
+                name, place, textcoords="offset points", xytext=(7, shift), fontsize=7, va="center",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "#888888"} if shift else None,
+            )  # fmt: skip
+            box = text.get_window_extent()
+            if shift == LABEL_SHIFTS[-1] or not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _svg(figure: Any) -> bytes:

@@ -28,8 +28,8 @@ SHOWN_VIDEOS, SHOWN_FRAMES = 2, 8
 SHEET_SIDE = 128  # pixels of a frame's shorter side in a sheet
 COLUMNS = (
     "cell", "seconds", "speed_up", "first_frame_s", "tflops", "skipped", "density", "sent_mib", "memory_mib",
-    "adherence_all", "adherence_points", "psnr", "ssim", "lpips", "flicker", "motion_smoothness",
-    "look_drift", "temporal_score", "spatial_fidelity", "spatial_diversity",
+    "adherence_all", "adherence_points", "psnr", "ssim", "lpips", "flicker", "boundary_jump",
+    "motion_smoothness", "look_drift", "temporal_score", "spatial_fidelity", "spatial_diversity",
 )  # fmt: skip
 
 
@@ -104,14 +104,17 @@ def _varies(rows: Sequence[Row], quality: str) -> bool:
 def _sheet(study: Study, rows: Sequence[Row], video: int) -> bytes:
     """PNG: a line per cell, the same frames of the same video in each."""
     done = {row["cell"] for row in rows}
-    lines, labels = [], []
+    lines, labels, numbers = [], [], []
     for cell in (cell for cell in study.cells if cell.name in done):
         frames = study.see(cell, video)
         at = torch.linspace(0, frames.shape[1] - 1, SHOWN_FRAMES).round().long()
         lines.append(_pictures(shrink(frames[:, at], SHEET_SIDE)))
-        labels += [f"{cell.name}, frame {number}" for number in at.tolist()]
+        labels += [cell.name] * len(at)
+        numbers += at.tolist()
     shown = torch.cat(lines).numpy()
-    sheet = contact_sheet(shown, num_columns=SHOWN_FRAMES, num_tiles=len(shown), labels=labels)
+    sheet = contact_sheet(
+        shown, num_columns=SHOWN_FRAMES, num_tiles=len(shown), labels=labels, numbers=numbers
+    )
     file = BytesIO()
     sheet.save(file, "PNG", optimize=True)
     return file.getvalue()

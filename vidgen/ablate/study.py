@@ -124,7 +124,8 @@ class Study:
         exact = pictures if cell is self.exact else self.see(self.exact, video)
         if pictures.shape != exact.shape:
             raise ValueError(f"its videos are {tuple(pictures.shape)}, the exact ones {tuple(exact.shape)}")
-        return {"prompt": prompt, **taken, **plain(self._eyes.measure(pictures, exact, prompt))}
+        found = self._eyes.measure(pictures, exact, prompt, taken["block_frames"])
+        return {"prompt": prompt, **taken, **plain(found)}
 
     def see(self, cell: Cell, video: int) -> Tensor:
         """A video [3, F, Y, X] in [-1, 1] that was rendered."""

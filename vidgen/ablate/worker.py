@@ -71,7 +71,17 @@ class Renderer:
             "first_frame_s": round(committed[0] - start, 4),
             **_memory_and_bytes(attempts),
             **_work(self.engine, done),
+            "block_frames": _block_frames(self.engine, done),
         }
+
+
+def _block_frames(engine: Engine, done: Rendered) -> int | None:
+    """Pixel frames from one border of blocks to the next; None without blocks, or of uneven ones."""
+    queue, sizes = done.job.queue, engine.family.sizes
+    if queue.timetable == "full" or queue.block_frames is None:
+        return None
+    one, two = (sizes.num_pixel_frames(count * queue.block_frames) for count in (1, 2))
+    return one if two == 2 * one else None
 
 
 def _memory_and_bytes(attempts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -36,13 +36,16 @@ def contact_sheet(
     num_columns: int = 8,
     num_tiles: int = 32,
     labels: Sequence[str] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Image.Image:
     """RGB picture of `num_tiles` frames (or all, if fewer) of uint8 [F, H, W, 3], first and last among them.
 
-    `labels` has one text per frame of the video; small frames are enlarged by a whole number.
+    `labels` has one text per frame of the video, `numbers` what it is called where its index is not its
+    number; small frames are enlarged by a whole number.
     """
     indices = _even_indices(len(frames), num_tiles)
-    return _compose(frames[indices], indices, num_columns, _labels_at(indices, labels, len(frames)))
+    shown = indices if numbers is None else [numbers[index] for index in indices]
+    return _compose(frames[indices], shown, num_columns, _labels_at(indices, labels, len(frames)))
 
 
 def save_sheet(
@@ -82,7 +85,7 @@ def _labels_at(indices: list[int], labels: Sequence[str] | None, num_frames: int
 
 
 def _compose(
-    tiles: NDArray[np.uint8], indices: list[int], num_columns: int, labels: list[str] | None
+    tiles: NDArray[np.uint8], numbers: list[int], num_columns: int, labels: list[str] | None
 ) -> Image.Image:
     if num_columns < 1:
         raise ValueError(f"num_columns={num_columns}: need 1 or more")
@@ -96,13 +99,13 @@ def _compose(
     sheet = Image.new("RGB", (GAP_PX + columns * pitch_x, GAP_PX + rows * pitch_y), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(FONT_PX)
-    for place, (tile, index) in enumerate(zip(tiles, indices, strict=True)):
+    for place, (tile, number) in enumerate(zip(tiles, numbers, strict=True)):
         x = GAP_PX + place % columns * pitch_x
         y = GAP_PX + place // columns * pitch_y
         sheet.paste(Image.fromarray(tile).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        lines = [str(index), *(_wrapped(labels[place], width, font) if labels else ())]
-        for number, line in enumerate(lines):
-            draw.text((x, y + height + number * LINE_PX), line, INK, font)
+        lines = [str(number), *(_wrapped(labels[place], width, font) if labels else ())]
+        for line_number, line in enumerate(lines):
+            draw.text((x, y + height + line_number * LINE_PX), line, INK, font)
     return sheet
 
 
