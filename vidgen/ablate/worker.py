@@ -15,9 +15,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from vidgen.ablate.pace import pace_s
 from vidgen.ablate.settings import Cell
 from vidgen.choosing import film_of, own_scheme
-from vidgen.config import parse_job
+from vidgen.config import JobConfig, parse_job
 from vidgen.engine import Engine
 from vidgen.live import Live
 from vidgen.parallel.planner.flops import render_flops
@@ -62,17 +65,25 @@ class Renderer:
             check=check,
             committed=lambda block: committed.append(time.time()),
         )
+        before_s = pace_s()
         done = render(job, folder=folder, overwrite=True, live=live)
+        after_s = pace_s()
         shutil.rmtree(folder)
         attempts = (done.evidence or {}).get("attempts", [])
         start = min(rank["began_s"] for rank in attempts[0]["ranks"]) if attempts else began[0]
         return {
             "seconds": round(committed[-1] - start, 4),
             "first_frame_s": round(committed[0] - start, 4),
+            # of a CPU: it says nothing of what a GPU did
+            "pace_s": None if _uses_gpu(job) else round((before_s + after_s) / 2, 5),
             **_memory_and_bytes(attempts),
             **_work(self.engine, done),
             "block_frames": _block_frames(self.engine, done),
         }
+
+
+def _uses_gpu(job: JobConfig) -> bool:
+    return job.device != "cpu" and torch.cuda.is_available()
 
 
 def _block_frames(engine: Engine, done: Rendered) -> int | None:
