@@ -1,6 +1,7 @@
 """`vidgen bench`: figures of this machine."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -163,6 +164,46 @@ def plans(
     done = _show(rows, json_file)
     write_line("stdout", ", ".join(f"{name}: {value}" for name, value in verdict(rows).items()))
     return done
+
+
+@bench.command()
+def redundancy(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="DIR", help="of redundancy.json and redundancy.png")
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="NAME|PATH", help="what is watched")] = "builtin",
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="may be repeated; a video each")
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option("--num-frames", metavar="N", help="of each video", min=1)
+    ] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num-inference-steps", metavar="N", help="not the model's own", min=2)
+    ] = None,
+    timetable: Annotated[
+        str | None, typer.Option("--timetable", metavar="NAME", help="as of `vidgen render`")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="of the first video", min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace these two files in DIR")] = False,
+) -> int:
+    """Plot how alike features are over steps and layers, by which a step cache or sparsity is chosen."""
+    from vidgen.bench.machine import machine_facts, table
+    from vidgen.bench.redundancy import bench_redundancy, make_jobs
+    from vidgen.bench.redundancy_report import check_folder, rows, sentences, write_files
+
+    given = {"num_frames": num_frames, "num_inference_steps": num_inference_steps}
+    settings: dict[str, object] = {name: value for name, value in given.items() if value is not None}
+    settings |= {} if timetable is None else {"queue": {"timetable": timetable}}
+    jobs = make_jobs(prompt or [], {"model": model, "seed": seed, **settings})
+    check_folder(output, overwrite)
+    found = {"machine": machine_facts(), **bench_redundancy(jobs, partial(write_line, "stderr"))}
+    found["says"] = sentences(found)
+    written = write_files(found, output)
+    write_line("stdout", table(rows(found)))
+    for line in (*found["says"], *(f"written  {path}" for path in written)):
+        write_line("stdout", line)
+    return OK
 
 
 def _numbers(flag: str, text: str) -> list[int]:
