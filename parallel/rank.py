@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vidgen.denoise.loop import FinishedBlock, LoopState, Task
+from vidgen.denoise.skipping import skips_forwards
 from vidgen.model.dit import DiT
 from vidgen.model.weights import Weights
 from vidgen.parallel.costs import Costs, measure_costs
@@ -264,7 +265,7 @@ class Rank:
         later = LaterStage(
             stage, models, task.timetable, ways.shapes, task.runs_at, ways.links,
             lent=state.lent, attending=attending_of(task, stage, state.lent),
-            backend=task.attention_backend, may_skip=task.cache is not None, **options,
+            backend=task.attention_backend, may_skip=skips_forwards(task), **options,
         )  # fmt: skip
         self._stage_run = later
         return later.run(state.next_tick, lambda tick, lent: self.save(LoopState(tick, {}, lent)))

@@ -72,7 +72,14 @@ ROOMS: dict[str, Room] = {
     ),
     "vidgen.media": Room(engine=("vidgen.types",)),
     "vidgen.config": Room(
-        engine=("vidgen.types", "vidgen.sections", "vidgen.sparsity.settings", "vidgen.stepcache.settings")
+        engine=(
+            "vidgen.types", "vidgen.sections", "vidgen.speeds", "vidgen.sparsity.settings",
+            "vidgen.stepcache.settings",
+        )
+    ),
+    "vidgen.speeds": Room(
+        engine=("vidgen.types", "vidgen.sparsity.settings", "vidgen.stepcache.settings"),
+        outside=frozenset(), alone=True,
     ),
     "vidgen.sections": Room(engine=("vidgen.types", "vidgen.sparsity.settings")),
     "vidgen.families": Room(engine=FAMILY),

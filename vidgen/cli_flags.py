@@ -112,6 +112,7 @@ FLAGS = (
         "tea, taylor, ...: an approximation that skips steps (default: none)",
     ),
     Flag("cache.threshold", "--cache-threshold", "X", "0 skips nothing (default: the method's)"),
+    Flag("speed", "--speed", "exact|balanced|fast", "approximations of a known cost (default: exact)"),
     Flag("parallel.ranks", "--ranks --num-gpus", "N|auto", "processes that share the work (default: 1)"),
     Flag("parallel.scheme", "--scheme", "given|auto", "auto: the planner says how ranks share the work"),
     Flag("parallel.hardware", "--hardware", "NAME|FILE", "what the planner takes this machine for"),

@@ -85,7 +85,10 @@ def render(
 
     def run(report: Report, note: Note, should_stop: ShouldStop) -> "Rendered":
         from vidgen.render import render
+        from vidgen.speeds import LEVELS, describe
 
+        if wanted.speed in LEVELS:
+            note(describe(wanted.speed))
         return render(
             wanted, folder=folder, overwrite=overwrite, report=report, note=note, should_stop=should_stop
         )

@@ -29,6 +29,7 @@ from vidgen.sections import (
     Text,
 )  # fmt: skip
 from vidgen.sparsity.settings import SparsitySettings
+from vidgen.speeds import with_level
 from vidgen.stepcache.settings import CacheSettings
 from vidgen.types import ContextMode, NoiseKind, Recommended, Segment
 
@@ -78,6 +79,8 @@ class JobConfig(Strict):
     attention: AttentionConfig = AttentionConfig()
     cache: CacheSettings = CacheSettings()
     """Steps at which the model is not run: an approximation, off by default, see stepcache/settings.py."""
+    speed: Literal["exact", "balanced", "fast"] | None = None
+    """A level of vidgen/speeds.py, which fills in approximations that are not set; by default none are."""
     parallel: ParallelConfig = ParallelConfig()
     output: OutputConfig = OutputConfig()
 
@@ -100,7 +103,8 @@ class JobConfig(Strict):
 
 
 def resolve(config: JobConfig, recommended: Recommended) -> JobConfig:
-    """The same job with every value filled in."""
+    """The same job with every value filled in. ValueError for a level of speed that its settings gainsay."""
+    config = with_level(config)
     if config.num_frames is None and not config.segments:
         config = config.model_copy(update={"num_frames": recommended.num_frames})
     segments = config.timeline()
@@ -200,7 +204,10 @@ NEWER_SETTINGS: dict[str, tuple[Any, ...]] = {
     "queue.static_threshold": (None,),
     "queue.global_frames": (4,),
     "queue.warm_up_steps": (1,),
+    "cache.layers": (None,),
+    "cache.boundary": (None,),
     "cache": (CacheSettings(),),
+    "speed": (None,),
 }
 
 

@@ -50,6 +50,9 @@ def memory_bytes(
     if job.cache.method != "none":  # K,V lent last, and outputs
         lent += live * branches * context * dit.num_layers * 2 * tokens * dit.width
         lent += live * branches * (1 + (job.cache.order or 0)) * own * dit.latent_channels * rows * columns
+    if job.cache.skips_layers:  # changes of all tokens, and of lending blocks their keys and values
+        copies = 3 if context or timetable.anchor_frames else 1
+        lent += live * branches * dit.num_layers * frames * tokens * copies * dit.width
     latents = (live * (2 if is_onetime else 1) + 3) * own * dit.latent_channels * rows * columns
     pixels = own * strides[0] * job.height * job.width * 3
     floats = hidden + lent + latents + pixels * PIXEL_COPIES

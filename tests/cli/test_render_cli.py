@@ -108,7 +108,10 @@ def test_canonical_flags_reach_the_job(run: Run):
             "coefficients": None,
             "calibration": None,
             "magnitudes": None,
+            "layers": None,
+            "boundary": None,
         },
+        "speed": None,
         "parallel": {
             "ranks": 1,
             "scheme": "given",

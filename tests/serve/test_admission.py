@@ -131,7 +131,7 @@ def test_loras_are_the_operators_by_name_and_scaled():
 EXTRA = {
     "solver": "unipc", "timetable": "full", "block_frames": 2, "context_frames": 1, "context_mode": "cache",
     "anchor_frames": 1, "stride": 3, "noise": "independent", "guidance": "stacked", "transition_blocks": 2,
-    "residual_guidance": "self", "static_threshold": 0.5,
+    "residual_guidance": "self", "static_threshold": 0.5, "speed": "fast",
 }  # fmt: skip
 
 

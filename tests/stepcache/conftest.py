@@ -22,6 +22,7 @@ SKIPPING: dict[str, dict[str, Any]] = {
     "gated_taylor": {"threshold": 1.3},
     "mag": {"threshold": 0.1, "magnitudes": CURVE},
     "first_block": {"threshold": 0.8},
+    "delta": {"layers": 0.5},
 }
 
 

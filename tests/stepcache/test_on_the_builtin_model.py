@@ -1,6 +1,7 @@
 """Step caches on the built-in model: the dial trades forwards for error, and the engine turns it."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import vidgen
 from vidgen.builtin import BUILTIN_PATH, load_small
-from vidgen.denoise.loop import denoise
+from vidgen.denoise.loop import LoopState, denoise, run_tick
 from vidgen.denoise.task import make_task
 from vidgen.denoise.timetable import full
 from vidgen.measure.calibration import calibrate
@@ -63,12 +64,51 @@ def test_further_up_the_dial_are_fewer_forwards_and_more_error(method: str, task
         cache = make_cache(with_calibration(CacheSettings(**{**settings, name: value}), is_builtin=True))
         assert cache is not None
         found = [clean(replace(task, cache=cache)) for task in tasks]
-        off = [(one - other).square().mean() for one, other in zip(found, exact, strict=True)]
-        errors.append(float(torch.stack(off).mean().sqrt()))
+        errors.append(_error(found, exact))
         forwards.append(cache.tally.forwards - cache.tally.skipped)
     assert errors[0] == 0 and forwards[0] == 10 * len(tasks)
     assert forwards == sorted(forwards, reverse=True) and forwards[-1] < 0.7 * forwards[0], forwards
     assert errors == sorted(errors) and errors[-1] > errors[0], errors
+
+
+def test_delta_with_more_skips_runs_fewer_layers_and_errs_more(tasks: list[Any]):
+    """On average over the seeds."""
+    exact, errors, forwards = [clean(task) for task in tasks], list[float](), list[float]()
+    for max_skips in (0, 1, 2, 4):
+        cache = make_cache(CacheSettings(method="delta", warm_up_steps=3, last_steps=1, max_skips=max_skips))
+        assert cache is not None
+        found = [clean(replace(task, cache=cache)) for task in tasks]
+        errors.append(_error(found, exact))
+        forwards.append(cache.tally.forwards - cache.tally.skipped)
+    assert errors[0] == 0 and forwards[0] == 10 * len(tasks)
+    assert forwards == sorted(forwards, reverse=True) and forwards[-1] < 0.8 * forwards[0], forwards
+    assert errors == sorted(errors) and errors[-1] > errors[0], errors
+
+
+@pytest.mark.parametrize("boundary", [0.0, 1.0], ids=["front", "rear"])
+def test_a_step_that_leaves_out_more_layers_errs_more(boundary: float, tasks: list[Any]):
+    """On average over the seeds, after one such step; within 2 %, since the first two make most of it."""
+
+    def after(task: Any) -> torch.Tensor:
+        state = LoopState()
+        for _ in range(3):
+            run_tick(task, state)
+        return state.blocks[0].latents_BCFYX
+
+    exact, errors = [after(task) for task in tasks], list[float]()
+    for layers in (0.0, 0.15, 0.3, 0.5, 0.7, 1.0):
+        cache = make_cache(
+            CacheSettings(method="delta", warm_up_steps=2, layers=layers, boundary=boundary, last_steps=0)
+        )
+        errors.append(_error([after(replace(task, cache=cache)) for task in tasks], exact))
+    assert errors[0] == 0 < errors[1]
+    assert all(one < 1.02 * other for one, other in pairwise(errors)), errors
+    assert errors[-1] > 1.1 * errors[1]
+
+
+def _error(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    off = [(one - other).square().mean() for one, other in zip(found, exact, strict=True)]
+    return float(torch.stack(off).mean().sqrt())
 
 
 def test_the_shipped_calibration_is_what_is_measured(tasks: list[Any]):

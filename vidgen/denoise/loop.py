@@ -18,7 +18,7 @@ from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.guidance import guide, num_branches
 from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.lockstep import ClipAttention, Clips
-from vidgen.denoise.skipping import decide
+from vidgen.denoise.skipping import check_layers, decide, share_skipped, skipping_layers, skips_forwards
 from vidgen.denoise.solver import Solver
 from vidgen.denoise.state import BlockState, FinishedBlock, LoopState, Window
 from vidgen.denoise.still import StillFilter, denoised, repeat, same_texts
@@ -57,6 +57,7 @@ class Task:
 
     def __post_init__(self) -> None:
         check_task(self)
+        check_layers(self)
 
     @property
     def num_branches(self) -> int:
@@ -115,12 +116,14 @@ class Task:
         return BlockState(self.noise(block).to(self.device), 0)
 
     def attending(self, layers: range, lent: Lent) -> Attending | ClipAttention | None:
-        """What gives some of the layers their attention, where that is not the plain one."""
+        """How some of the layers are run, where that is not the plain way."""
         if self.clips is not None:
             return ClipAttention(self.clips, self.model.config, layers)
-        if self.sparsity is None:
+        left_out = skipping_layers(self)
+        if self.sparsity is None and left_out is None:
             return None
-        return Attending(self.sparsity, self.timetable, layers, self.model.config.num_layers, lent)
+        num_layers = self.model.config.num_layers
+        return Attending(self.sparsity, self.timetable, layers, num_layers, lent, left_out)
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +147,7 @@ def run_tick(
         if before_forward is not None:
             before_forward()
         return [repeat(timetable, state, again)]
-    lending = Lending(state.lent, remembers=task.cache is not None)
+    lending = Lending(state.lent, remembers=skips_forwards(task))
     attending = task.attending(range(task.model.config.num_layers), state.lent)
     stepped: dict[int, BlockState] = {}
     for forward in timetable.forwards(tick):
@@ -192,8 +195,8 @@ def run_forward(
     window = make_window(task, blocks, forward, *owns)
     with attention_backend(task.attention_backend):
         decision = decide(task, forward, owns[0], window)
-        if decision is not None and task.cache is not None:
-            task.cache.tally(forward.step, decision.outputs is not None)
+        if task.cache is not None:
+            task.cache.tally(forward.step, share_skipped(task, forward, decision))
         if decision is not None and decision.outputs is not None:
             lending.relend(forward)
             return take_steps(task, forward, owns, decision.outputs, decision)

@@ -1,22 +1,27 @@
-"""Whether a step cache skips a forward: decided from what is the same on every rank, whatever ran where."""
+"""Whether a step cache skips a forward, or some layers of it: the same on every rank, whatever ran where."""
 
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 from vidgen.denoise.forwards import Forward
 from vidgen.denoise.state import BlockState, Window
+from vidgen.denoise.timetable import Timetable
 from vidgen.stepcache.cache import Decision
+from vidgen.stepcache.delta import layers_left_out
 from vidgen.stepcache.kept import NOTHING_KEPT, Kept
+from vidgen.stepcache.settings import CacheSettings
 
 if TYPE_CHECKING:
     from vidgen.denoise.loop import Task
 
 
 def decide(task: "Task", forward: Forward, own: BlockState, window: Window) -> Decision | None:
-    """What the task's step cache says of a block's step; None where there is none.
+    """What the task's step cache says of a block's step; None where there is none that skips forwards.
 
     The prompt's branch speaks for all: they are run or skipped together.
     """
-    if task.cache is None:
+    if task.cache is None or not skips_forwards(task):
         return None
     step, frames = forward.step, window.own_frames()
     text_BNT = task.run_texts(task.timetable.block(forward.block), step)[0][:1]
@@ -39,3 +44,57 @@ def _usable(task: "Task", kept: Kept, step: int) -> Kept:
 def _lends_again(task: "Task", forward: Forward, ran: int) -> bool:
     """Whether the block's last step that ran lent all that this one is to lend."""
     return set(forward.lends) <= set(task.timetable.lends(forward.block, ran))
+
+
+def skips_forwards(task: "Task") -> bool:
+    """Whether the task has a step cache that skips all of a forward or nothing."""
+    return task.cache is not None and not task.cache.settings.skips_layers
+
+
+def skipping_layers(task: "Task") -> Callable[[int], tuple[range, ...]] | None:
+    """What tells of a block which layers each of its steps leaves out; None: no step leaves out any."""
+    cache, timetable = task.cache, task.timetable
+    if cache is None or not cache.settings.skips_layers:
+        return None
+    branches = tuple(task.branches_at(step) for step in range(timetable.num_steps))
+    return partial(_left_out, cache.settings, timetable, task.model.config.num_layers, branches)
+
+
+def share_skipped(task: "Task", forward: Forward, decision: Decision | None) -> float:
+    """How much of a forward is skipped: 0 to 1."""
+    left_out = skipping_layers(task)
+    if left_out is not None:
+        return len(left_out(forward.block)[forward.step]) / task.model.config.num_layers
+    return int(decision is not None and decision.outputs is not None)
+
+
+def check_layers(task: "Task") -> None:
+    """ValueError for what does not go together with leaving out layers."""
+    if skipping_layers(task) and task.clips is not None:
+        raise ValueError(
+            "cache=delta with timetable=lockstep: knows no clips; take cache=taylor, or another timetable"
+        )
+
+
+@lru_cache(maxsize=512)
+def _left_out(
+    settings: CacheSettings, timetable: Timetable, num_layers: int, branches: tuple[int, ...], block: int
+) -> tuple[range, ...]:
+    windows = [_window(timetable, block, step) for step in range(timetable.num_steps)]
+
+    def goes_on(ran: int, step: int) -> bool:
+        is_same = (
+            timetable.expert(ran) == timetable.expert(step)
+            and branches[ran] == branches[step]
+            and windows[ran] == windows[step]
+        )
+        return is_same and set(timetable.lends(block, step)) <= set(timetable.lends(block, ran))
+
+    return layers_left_out(settings, num_layers, timetable.num_steps, goes_on)
+
+
+def _window(timetable: Timetable, block: int, step: int) -> tuple[int, int, int] | None:
+    """The frames before a block's own ones in its window: (of which block, from, to)."""
+    forwards = timetable.forwards(timetable.admission_tick(block) + step)
+    read = next(forward for forward in forwards if forward.block == block).before_latents
+    return None if read is None else (read.block, read.start, read.stop)

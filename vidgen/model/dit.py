@@ -22,6 +22,7 @@ from vidgen.kernels.denormals import flushing_denormals
 from vidgen.kernels.modulate.api import norm_modulate
 from vidgen.model.context import Context, LayerKeyValues
 from vidgen.model.dtypes import DTYPES, DType, cast
+from vidgen.model.layer_run import Change, LayerRun
 from vidgen.model.layers import Attend, Block, ImageProjection, NoiseLevelEmbedding, Positions, TextProjection
 from vidgen.model.part import Part
 from vidgen.model.rope import rotations
@@ -146,13 +147,13 @@ class DiT(nn.Module):
         *,
         first_frame: int = 0,
         conditioning: Conditioning | None = None,
-        attends: Sequence[Attend] | None = None,
+        attends: Sequence[Attend | LayerRun] | None = None,
         lends: bool = True,
     ) -> tuple[Tensor, LayerKeyValues]:
         """(velocity of the frames from `first_frame` on, every layer's own keys and values of all frames).
 
         `conditioning` is what `condition` would make of the levels and the text, where it is known; `attends`
-        are the layers' self-attentions, where they are not the plain ones.
+        are the layers' self-attentions, where they are not the plain ones, or all of how they are run.
         """
         conditioning = conditioning or self.condition(noise_level_BF, text_BNT)
         grid = self.token_grid(latents_BCFYX.shape)
@@ -222,7 +223,7 @@ class DiT(nn.Module):
         conditioning: Conditioning,
         grid: Grid,
         context: Context,
-        attends: Sequence[Attend] | None = None,
+        attends: Sequence[Attend | LayerRun] | None = None,
         *,
         lends: bool = True,
         part: Part | None = None,
@@ -240,7 +241,15 @@ class DiT(nn.Module):
         # the backend is for `attends`
         with attention_backend(positions.backend), flushing_denormals(x_BFSD.device):
             for index, layer in enumerate(islice(self.layers, num_layers)):
-                attend = None if attends is None else attends[index]
+                run = LayerRun() if attends is None else attends[index]
+                run = run if isinstance(run, LayerRun) else LayerRun(run)
+                if run.known is not None:
+                    x_BFSD = x_BFSD + run.known.added_BFSD
+                    if lends:
+                        assert run.known.own is not None, "only what was kept can be lent again"
+                        lent.append(run.known.own)
+                    continue
+                attend = run.attend
                 if part is not None:
                     attend = part.around(
                         attend or positions.attend,
@@ -249,7 +258,10 @@ class DiT(nn.Module):
                         layout=positions.window,
                         is_plain=attend is None,
                     )
+                before_BFSD = x_BFSD
                 x_BFSD, own = layer(x_BFSD, *shared, *context.layer(index), attend, log_weights_N)
+                if run.keep is not None:
+                    run.keep(Change(x_BFSD - before_BFSD, own if lends else None))
                 if lends:
                     lent.append(own)
         return x_BFSD, tuple(lent)

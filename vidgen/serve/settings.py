@@ -28,6 +28,7 @@ EXTRA_PARAMS: dict[str, tuple[str, ...]] = {
     "transition_blocks": ("queue", "transition_blocks"),
     "residual_guidance": ("queue", "residual_guidance"),
     "static_threshold": ("queue", "static_threshold"),
+    "speed": ("speed",),
 }
 SAME_NAMES = ("negative_prompt", "fps", "num_inference_steps", "guidance_scale", "guidance_scale_2", "seed")
 # a job's setting -> the request's field

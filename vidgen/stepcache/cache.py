@@ -15,23 +15,24 @@ from vidgen.stepcache.settings import CacheSettings
 
 @dataclass
 class Tally:
-    """Forwards so far, and which steps were skipped how often."""
+    """Forwards so far, how many of them were skipped, and which steps were skipped how often.
+
+    A forward of which half the layers are left out counts as half a one skipped.
+    """
 
     forwards: int = 0
-    skipped_at: Counter[int] = field(default_factory=Counter)
+    skipped: float = 0
+    skipped_at: Counter[int] = field(default_factory=Counter)  # in whole or in part
 
-    def __call__(self, step: int, skipped: bool) -> None:
+    def __call__(self, step: int, share: float) -> None:
         self.forwards += 1
-        self.skipped_at[step] += skipped
-
-    @property
-    def skipped(self) -> int:
-        return self.skipped_at.total()
+        self.skipped += share
+        self.skipped_at[step] += share > 0
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         steps = {str(step): count for step, count in sorted(self.skipped_at.items()) if count}
-        return {"forwards": self.forwards, "skipped": self.skipped, "skipped_at": steps}
+        return {"forwards": self.forwards, "skipped": round(self.skipped, 2), "skipped_at": steps}
 
 
 @dataclass(frozen=True, slots=True)

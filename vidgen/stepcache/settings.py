@@ -1,13 +1,14 @@
 """What can be set of step caches, and what is best where nothing is said.
 
 Defaults were chosen on the built-in model at its 20 steps: those that save about half of the forwards while
-it draws what it is asked for about as often as without (`vidgen measure adherence --cache NAME`).
+it draws what it is asked for about as often as without (`vidgen measure adherence --cache NAME`); `delta`'s
+save a third, at about the error of `taylor`'s.
 """
 
 import math
 from dataclasses import dataclass, replace
 
-METHODS = ("none", "tea", "taylor", "gated_taylor", "mag", "first_block")
+METHODS = ("none", "tea", "taylor", "gated_taylor", "mag", "first_block", "delta")
 
 # by method: threshold, first steps that always run, last ones, most skips in a row, order of the forecast
 DEFAULTS: dict[str, tuple[float | None, int, int, int, int]] = {
@@ -16,8 +17,10 @@ DEFAULTS: dict[str, tuple[float | None, int, int, int, int]] = {
     "gated_taylor": (0.15, 3, 1, 3, 1),
     "mag": (0.05, 3, 1, 3, 1),
     "first_block": (0.2, 3, 1, 3, 0),
+    "delta": (None, 5, 1, 2, 0),
 }
 OPEN = ("threshold", "warm_up_steps", "last_steps", "max_skips", "order")
+BY_LAYER = {"layers": 0.75, "boundary": 0.5}  # of delta: errors are no larger than with half of the layers
 MAX_ORDER = 4
 
 Curve = tuple[tuple[float, float], ...]  # (noise level, magnitude), levels descending
@@ -33,11 +36,13 @@ class CacheSettings:
     threshold: float | None = None  # a step is skipped while the drift is below; None: the method's default
     warm_up_steps: int | None = None  # a block's first steps, which always run; None: the method's default
     last_steps: int | None = None  # those at the end that always run
-    max_skips: int | None = None  # in a row; taylor skips so many and runs one, by the clock
+    max_skips: int | None = None  # in a row; taylor and delta skip so many and run one, by the clock
     order: int | None = None  # of the forecast: 0 says again what was said last, 1 goes on in a line
     coefficients: tuple[float, ...] | None = None  # tea: polynomial of the change, highest power first
     calibration: str | None = None  # mag, tea: a file of `vidgen measure calibration`; None: the model's own
     magnitudes: Curve | None = None  # mag: the curve of such a file, once resolved
+    layers: float | None = None  # delta: share of the layers that a skipped step leaves out
+    boundary: float | None = None  # delta: share of the steps that leave out rear layers; later ones front
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -45,10 +50,10 @@ class CacheSettings:
         threshold = self.threshold
         if threshold is not None and not (threshold >= 0 and math.isfinite(threshold)):
             raise ValueError(f"threshold={threshold}: need 0 (nothing is skipped) or more")
-        if threshold is not None and self.method == "taylor":
+        if threshold is not None and self.method in ("taylor", "delta"):
             raise ValueError(
-                f"threshold={threshold} with method=taylor: it skips by the clock; set max_skips, or take "
-                "gated_taylor"
+                f"threshold={threshold} with method={self.method}: it skips by the clock; set max_skips, or "
+                "take gated_taylor"
             )
         for name, least in (("warm_up_steps", 1), ("last_steps", 0), ("max_skips", 0), ("order", 0)):
             count = getattr(self, name)
@@ -56,7 +61,20 @@ class CacheSettings:
                 raise ValueError(f"{name}={count}: need at least {least}")
         if (self.order or 0) > MAX_ORDER:
             raise ValueError(f"order={self.order}: need 0 to {MAX_ORDER}")
+        self._check_layers()
         self._check_curves()
+
+    def _check_layers(self) -> None:
+        for name in BY_LAYER:
+            share = getattr(self, name)
+            if share is None:
+                continue
+            if not self.skips_layers:
+                raise ValueError(f"{name}={share} with method={self.method}: is of delta; leave it out")
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share}: need a share of 0 to 1")
+        if self.skips_layers and self.order:
+            raise ValueError(f"order={self.order} with method=delta: it forecasts nothing; leave order out")
 
     def _check_curves(self) -> None:
         if self.coefficients is not None and not (
@@ -77,9 +95,14 @@ class CacheSettings:
         """Whether something must be known of the model that these settings do not say."""
         return self.method == "mag" and self.magnitudes is None
 
+    @property
+    def skips_layers(self) -> bool:
+        """Whether some layers of a forward are skipped; else all of it or nothing."""
+        return self.method == "delta"
+
     def resolved(self) -> "CacheSettings":
         """The same with the method's defaults filled in."""
         if self.method == "none":
             return self
-        filled = zip(OPEN, DEFAULTS[self.method], strict=True)
-        return replace(self, **{name: value for name, value in filled if getattr(self, name) is None})
+        filled = dict(zip(OPEN, DEFAULTS[self.method], strict=True)) | (BY_LAYER if self.skips_layers else {})
+        return replace(self, **{name: value for name, value in filled.items() if getattr(self, name) is None})

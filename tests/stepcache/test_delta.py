@@ -1,0 +1,298 @@
+"""Delta: which layers are left out is known from the clock, and what stands for them from no other rank."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from vidgen.denoise.attending import Sparsity
+from vidgen.denoise.lockstep import Clips
+from vidgen.denoise.loop import LoopState, Task, denoise, run_tick
+from vidgen.denoise.skipping import skipping_layers
+from vidgen.denoise.timetable import autoregressive, dualparal, full, moving_buffer, pipefusion
+from vidgen.journal import _flatten, _unflatten
+from vidgen.parallel.topology import Lanes
+from vidgen.sparsity.making import make_policy
+from vidgen.sparsity.settings import SparsitySettings
+from vidgen.stepcache.delta import layers_left_out
+from vidgen.stepcache.settings import CacheSettings
+from vidgen.types import ContextMode, GuidanceMode, ResidualGuidance
+
+STEPS, LAYERS = 8, 4
+TIMETABLES = {
+    "full": full(5, STEPS),
+    "recompute": dualparal(9, STEPS, block_frames=2, context_frames=1),
+    "cache": dualparal(9, STEPS, block_frames=2, context_frames=1, mode=ContextMode.CACHE, stride=2),
+    "anchor": dualparal(13, STEPS, block_frames=2, context_frames=2, anchor_frames=1, stride=3),
+    "autoregressive": autoregressive(5, STEPS, block_frames=2, context_frames=1),
+    "experts": dualparal(9, STEPS, block_frames=2, context_frames=1, switch_step=5),
+}
+CUTS = [(4,), (2, 2), (1, 2, 1), (1, 1, 1, 1)]
+RESTORING = SparsitySettings(
+    policy="adaspa", density=0.4, restore=True, query_block=4, key_block=4, dense_above=1.0,
+    search_at=(0.2, 0.6),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The loop's sums as those of the ranks' threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def clean(task: Task, state: LoopState | None = None) -> list[torch.Tensor]:
+    return [block.latents_BCFYX for block in denoise(task, state)]
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def plan(task: Task, block: int) -> tuple[range, ...]:
+    left_out = skipping_layers(task)
+    assert left_out is not None
+    return left_out(block)
+
+
+def by_the_clock(num_steps: int = 12, goes_on: Any = lambda ran, step: True, **settings: Any) -> list[str]:
+    """Per step: `.` where all layers run, else R or F by the end that is left out."""
+    resolved = CacheSettings(method="delta", **settings).resolved()
+    found = layers_left_out(resolved, LAYERS, num_steps, goes_on)
+    return ["." if not layers else "F" if layers.start == 0 else "R" for layers in found]
+
+
+def test_rear_layers_are_left_out_first_then_front_ones_and_every_third_step_runs_all():
+    # the 6th runs all since it is the first of the boundary
+    assert "".join(by_the_clock(warm_up_steps=2, last_steps=1)) == "..RR.R.FF.F."
+    assert "".join(by_the_clock(warm_up_steps=1, last_steps=0, boundary=1.0)) == ".RR.RR.RR.RR"
+    assert "".join(by_the_clock(warm_up_steps=3, last_steps=2, boundary=0.0)) == "...FF.FF.F.."
+    assert set(by_the_clock(max_skips=0)) == set(by_the_clock(layers=0.0)) == {"."}
+
+
+def test_a_step_whose_changes_do_not_fit_runs_all_layers_and_is_gone_on_from():
+    found = by_the_clock(warm_up_steps=1, last_steps=0, boundary=1.0, goes_on=lambda ran, step: step != 5)
+    assert "".join(found) == ".RR.R.RR.RR."
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.1, 1), (0.25, 1), (0.5, 2), (1.0, 4)])
+def test_the_share_of_layers_is_rounded_to_one_at_least(share: float, count: int):
+    settings = CacheSettings(method="delta", layers=share).resolved()
+    found = layers_left_out(settings, LAYERS, STEPS, lambda ran, step: True)
+    assert {len(layers) for layers in found} == {0, count}
+
+
+@pytest.mark.parametrize("nothing", [{"max_skips": 0}, {"layers": 0.0}], ids=str)
+@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
+def test_nothing_left_out_is_bitwise_dense(timetable: Any, nothing: dict[str, Any], make_task: Any):
+    task = make_task(timetable, "delta", **nothing)
+    assert_same(clean(task), clean(replace(task, cache=None)))
+    assert task.cache.tally.skipped == 0
+    assert task.cache.tally.forwards == timetable.num_forwards
+
+
+@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
+def test_layers_run_as_often_as_the_plan_says_and_less_than_dense(timetable: Any, make_task: Any):
+    task, runs = make_task(timetable, "delta"), Counter[int]()
+    hooks = [
+        layer.register_forward_hook(lambda *_, number=number: runs.update([number]))
+        for model in task.models
+        for number, layer in enumerate(model.layers)
+    ]
+    found = clean(task)
+    for hook in hooks:
+        hook.remove()
+    plans = [plan(task, block) for block in range(timetable.num_blocks)]
+    expected = {
+        number: 2 * sum(number not in layers for steps in plans for layers in steps)
+        for number in range(LAYERS)
+    }
+    assert runs == expected
+    tally = task.cache.tally
+    assert runs.total() == 2 * LAYERS * (tally.forwards - tally.skipped) < 2 * LAYERS * timetable.num_forwards
+    assert tally.skipped > 0.15 * tally.forwards
+    dense = clean(replace(task, cache=None))
+    assert all(one.isfinite().all() for one in found)
+    assert any(not torch.equal(one, other) for one, other in zip(found, dense, strict=True))
+
+
+@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
+def test_a_step_leaves_out_layers_only_where_its_block_lent_all_that_it_is_to_lend(
+    timetable: Any, make_task: Any
+):
+    task = make_task(timetable, "delta", last_steps=0)
+    for block in range(timetable.num_blocks):
+        ran = 0
+        for step, layers in enumerate(plan(task, block)):
+            ran = ran if layers else step
+            assert set(timetable.lends(block, step)) <= set(timetable.lends(block, ran))
+            assert timetable.expert(step) == timetable.expert(ran)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
+def test_any_number_of_ranks_gives_the_loops_latents_bit_for_bit(
+    timetable: Any, cut: Any, make_task: Any, threads: Any
+):
+    task = make_task(timetable, "delta")
+    expected = clean(task)
+    run = threads.run_pipeline(task, cut)
+    assert_same(run.latents, expected)
+    first = run.stages[0]
+    assert first.tally.as_dict() == task.cache.tally.as_dict()
+    assert first.tally.skipped > 0
+    assert all(not stage.lending.lent.attention for stage in run.stages), "nothing is left of a clean block"
+
+
+@pytest.mark.parametrize("options", [
+    {"guidance_mode": GuidanceMode.STACKED},
+    {"residual_guidance": ResidualGuidance.ONETIME},
+    {"residual_guidance": ResidualGuidance.SELF},
+    {"sparsity": RESTORING},
+], ids=str)  # fmt: skip
+def test_with_other_settings_too_ranks_give_the_loops_latents(options: Any, make_task: Any, threads: Any):
+    def fresh() -> Task:
+        if "sparsity" not in options:
+            return make_task(TIMETABLES["cache"], "delta", options=options)
+        policy = make_policy(options["sparsity"])
+        assert policy is not None
+        return make_task(TIMETABLES["cache"], "delta", options={"sparsity": Sparsity(policy=policy)})
+
+    assert_same(threads.run_pipeline(fresh(), (2, 1, 1)).latents, clean(fresh()))
+
+
+def test_lanes_of_guidance_give_the_loops_latents(make_task: Any, threads: Any):
+    task = make_task(TIMETABLES["recompute"], "delta")
+    assert_same(threads.run_pipeline(task, (2, 2), lanes=Lanes(guidance=2)).latents, clean(task))
+
+
+@pytest.mark.parametrize("after", [(2, 2), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("before", [Lanes(), Lanes(guidance=2)], ids=str)
+@pytest.mark.parametrize("stop", [3, 4, 8])
+def test_stopped_on_some_ranks_and_gone_on_with_others_the_latents_are_the_loops(
+    stop: int, before: Any, after: Any, make_task: Any, threads: Any
+):
+    task = make_task(TIMETABLES["cache"], "delta")
+    expected = clean(task)
+    stopping = threads.Watched(stop_after=stop)
+    first = threads.run_pipeline(task, (3, 1), lanes=before, watched=stopping)
+    (next_tick,) = stopping.states
+    second = threads.run_pipeline(task, after, state=first.state(next_tick))
+    assert_same([*first.latents, *second.latents], expected)
+    skipped = first.stages[0].tally.skipped_at + second.stages[0].tally.skipped_at
+    assert skipped == +task.cache.tally.skipped_at
+
+
+@pytest.mark.parametrize("name", TIMETABLES)
+def test_a_job_stopped_anywhere_and_resumed_from_its_file_is_the_same(
+    name: str, make_task: Any, tmp_path: Any
+):
+    task = make_task(TIMETABLES[name], "delta")
+    expected, skipped_at = clean(task), task.cache.tally.skipped_at
+    again, state, found = make_task(TIMETABLES[name], "delta"), LoopState(), list[torch.Tensor]()
+    while state.next_tick < task.timetable.num_ticks:
+        found += [block.latents_BCFYX for block in run_tick(again, state)]
+        tensors, header = _flatten(state)
+        (tmp_path / "state").write_bytes(save(tensors, metadata={"state": json.dumps(header)}))
+        state = _unflatten(tmp_path / "state")
+    assert_same(found, expected)
+    assert again.cache.tally.skipped_at == skipped_at
+
+
+def test_an_error_in_a_tick_leaves_what_is_kept_as_it_was(make_task: Any):
+    task = make_task(TIMETABLES["cache"], "delta")
+    expected, state, tried = clean(task), LoopState(), Counter[int]()
+
+    def fail() -> None:
+        """At the second forward of every tick, once."""
+        tried[state.next_tick] += 1
+        if tried[state.next_tick] == 2:
+            raise KeyboardInterrupt
+
+    found: list[torch.Tensor] = []
+    while state.next_tick < task.timetable.num_ticks:
+        try:
+            found += [block.latents_BCFYX for block in run_tick(task, state, fail)]
+        except KeyboardInterrupt:
+            continue
+    assert_same(found, expected)
+
+
+def kept_at(task: Task, ticks: int) -> Any:
+    """What is kept of block 0 after so many ticks: per run and layer, tensors by name."""
+    state = LoopState()
+    for _ in range(ticks):
+        run_tick(task, state)
+    return state.lent.attention[0]
+
+
+def test_branches_of_guidance_keep_changes_of_their_own(make_task: Any):
+    """The branches' changes differ, and the prompt's is what it is without a negative branch."""
+    prompt, negative = kept_at(make_task(TIMETABLES["full"], "delta"), 1)
+    (alone,) = kept_at(make_task(TIMETABLES["full"], "delta", guidance_scale=1.0), 1)
+    for layer in (2, 3):
+        assert not torch.equal(prompt[layer]["change"], negative[layer]["change"])
+        assert torch.equal(prompt[layer]["change"], alone[layer]["change"])
+
+
+@pytest.mark.parametrize("name", TIMETABLES)
+def test_changes_are_kept_of_the_layers_that_the_next_step_leaves_out_and_of_no_other(
+    name: str, make_task: Any
+):
+    """So memory is bounded: no block that is clean has any, and no live one more than it will read."""
+    task, state = make_task(TIMETABLES[name], "delta"), LoopState()
+    while state.next_tick < task.timetable.num_ticks:
+        run_tick(task, state)
+        for block, runs in state.lent.attention.items():
+            step = state.next_tick - task.timetable.admission_tick(block)
+            left_out = plan(task, block)[step]
+            assert all(
+                ("change" in kept) == (layer in left_out) for run in runs for layer, kept in enumerate(run)
+            )
+            lends = any(task.timetable.lends(block, at) for at in range(step))
+            assert lends or not any("change_key" in kept for run in runs for kept in run)
+        assert state.lent.attention.keys() <= set(task.timetable.live(state.next_tick))
+        assert not state.lent.last, "there is no use for what other caches lend again"
+    assert not state.lent.attention
+
+
+@pytest.mark.parametrize("change", ["prompt", "steps", "model", "size"])
+def test_another_video_by_the_same_cache_is_what_it_would_be_alone(change: str, make_task: Any, threads: Any):
+    """State lies in the blocks of a job, so that there is nothing to reset."""
+    first, second = make_task(TIMETABLES["recompute"], "delta"), make_task(TIMETABLES["recompute"], "delta")
+    clean(first)
+    if change == "steps":
+        second = make_task(dualparal(9, STEPS - 2, block_frames=2, context_frames=1), "delta")
+    elif change == "size":
+        second = make_task(dualparal(7, STEPS, block_frames=3, context_frames=1), "delta")
+    elif change == "model":
+        sizes = threads.denoise_tests.SIZES | {"num_layers": 3}
+        model = threads.denoise_tests.redraw(type(second.model)(threads.denoise_tests.DiTConfig(**sizes)), 7)
+        second = replace(second, model=model)
+    else:
+        text = threads.denoise_tests.random_text("another")
+        second = replace(second, texts=lambda block: (text, text))
+    alone = clean(replace(second, cache=make_task(TIMETABLES["full"], "delta").cache))
+    assert_same(clean(replace(second, cache=first.cache)), alone)
+
+
+def test_what_does_not_go_with_it_is_an_error_of_one_line(make_task: Any, threads: Any):
+    clips = Clips(num_frames=7, clip_frames=2, halo_frames=1, global_frames=2)
+    with pytest.raises(ValueError, match="cache=delta with timetable=lockstep: .* take cache=taylor"):
+        make_task(full(7, STEPS), "delta", options={"clips": clips})
+    for name, timetable in {
+        "buffer": moving_buffer(9, 4, block_frames=2, context_frames=1, stride=2),
+        "pipefusion": pipefusion(7, 4, block_frames=2),
+    }.items():
+        with pytest.raises(ValueError, match=f"timetable={name}: knows no step cache"):
+            make_task(timetable, "delta")
+    for lanes in (Lanes(ulysses=2), Lanes(ring=2)):
+        with pytest.raises(ValueError, match="cache=delta with ulysses=., ring=.: .* take layers on more"):
+            threads.run_pipeline(make_task(TIMETABLES["cache"], "delta"), (2, 2), lanes=lanes)
