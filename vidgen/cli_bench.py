@@ -3,11 +3,14 @@
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vidgen.cli_exit import OK, write_line
+
+if TYPE_CHECKING:
+    from vidgen.parallel.planner.hardware import Hardware
 
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the figures here")]
@@ -127,27 +130,40 @@ def calibrate(
     ] = None,
 ) -> int:
     """Measure this machine's profile for `vidgen plan --hardware FILE`; best while nothing else runs."""
-    import yaml
-
     from vidgen.bench.calibrate import calibrate as measured
-    from vidgen.parallel.planner.hardware import dump_hardware
 
-    text = yaml.safe_dump(dump_hardware(measured(model)), sort_keys=False, default_flow_style=None, width=100)
+    found = measured(model)
     if out is None:
-        write_line("stdout", text)
-        return OK
+        write_line("stdout", _as_yaml(found))
+    else:
+        _save_profile(found, out)
+    return OK
+
+
+def _save_profile(hardware: "Hardware", out: Path) -> None:
     try:
-        out.write_text(text)
+        out.write_text(_as_yaml(hardware))
     except OSError as error:
         raise ValueError(f"--output {out}: cannot be written: {error.strerror}; choose another") from error
     write_line("stdout", f"profile {out}")
-    return OK
+
+
+def _as_yaml(hardware: "Hardware") -> str:
+    import yaml
+
+    from vidgen.parallel.planner.hardware import dump_hardware
+
+    return yaml.safe_dump(dump_hardware(hardware), sort_keys=False, default_flow_style=None, width=100)
 
 
 @bench.command()
 def plans(
     hardware: Annotated[
-        str | None, typer.Option("--hardware", metavar="NAME|FILE", help="default: measured first; minutes")
+        str | None,
+        typer.Option("--hardware", metavar="NAME|FILE", help="default: measured, a pass before each repeat"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="where that profile goes (YAML)")
     ] = None,
     num_frames: Annotated[int, typer.Option("--num-frames", metavar="N", min=9)] = 513,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="medians are shown", min=1)] = 1,
@@ -155,12 +171,14 @@ def plans(
     json_file: Json = None,
 ) -> int:
     """Hold the planner against renders of the built-in model: predicted and measured seconds of each plan."""
-    from vidgen.bench.calibrate import calibrate as measured
     from vidgen.bench.plans import LANES, STAGES_ONLY, bench_plans, verdict
     from vidgen.parallel.planner.hardware import load_hardware
 
-    machine = measured() if hardware is None else load_hardware(hardware)
-    rows = bench_plans(machine, num_frames, (*STAGES_ONLY, *(LANES if lanes else ())), repeats)
+    machine = None if hardware is None else load_hardware(hardware)
+    cases = (*STAGES_ONLY, *(LANES if lanes else ()))
+    machine, rows = bench_plans(machine, num_frames, cases, repeats)
+    if out is not None:
+        _save_profile(machine, out)
     done = _show(rows, json_file)
     write_line("stdout", ", ".join(f"{name}: {value}" for name, value in verdict(rows).items()))
     return done

@@ -13,7 +13,9 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ROOT = SCRIPT.parents[2]
 
 
-@pytest.mark.parametrize("capability", [80, 90], ids=["A100", "H100"])
+@pytest.mark.parametrize(
+    "capability", [pytest.param(80, id="A100", marks=pytest.mark.slow), pytest.param(90, id="H100")]
+)
 def test_every_kernel_compiles_within_the_shared_memory_of(capability: int, tmp_path: Path):
     settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     settings |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}

@@ -78,7 +78,7 @@ DAMAGES = [keep, add_noise, blur_and_add_noise, code_and_decode]
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("world", WORLDS)
 def test_real_clips_are_right(world, size, num_frames, damage):
-    clips, scenes = real_clips(world, size, num_frames, 12)
+    clips, scenes = real_clips(world, size, num_frames, 6)
     assert adherence(damage(clips), scenes) == EVERYTHING_RIGHT
 
 

@@ -99,7 +99,8 @@ def test_each_rank_and_the_decoder_killed_in_turn(tmp_path: Path, whole: Any, jo
     assert jobs.files(tmp_path / "v.job") == whole["recompute"]
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_killed_at_ticks_drawn_from_a_seed(seed: int, tmp_path: Path, whole: Any, jobs: Any, local_ray: None):
     rng = random.Random(seed)
     names = ["rank 0", "rank 1", "the decoder"]

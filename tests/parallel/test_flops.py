@@ -15,7 +15,7 @@ from vidgen.planning import resolve_job
 from vidgen.sparsity.settings import SparsitySettings
 
 JOB: dict[str, Any] = {
-    "prompt": "a red circle moving left over a gray background", "num_frames": 65, "num_inference_steps": 6,
+    "prompt": "a red circle moving left over a gray background", "num_frames": 49, "num_inference_steps": 3,
 }  # fmt: skip
 QUEUES: dict[str, dict[str, Any]] = {
     "full": {"timetable": "full"},

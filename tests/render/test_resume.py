@@ -16,7 +16,7 @@ from vidgen.media.source import VideoSource
 from vidgen.render import render, resume
 from vidgen.run import Interrupted
 
-NUM_KILLS = 8
+NUM_KILLS = 4
 QUEUES = {
     "recompute": {"block_frames": 2, "context_frames": 1},
     "cache": {"block_frames": 2, "context_frames": 2, "context_mode": "cache"},

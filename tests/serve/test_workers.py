@@ -37,7 +37,7 @@ from vidgen.serve.work.housekeeping import sweep
 from vidgen.serve.work.worker import explain
 
 HEARTBEAT_S, GRACE_S = 8, 2
-CYCLES = 30  # more of them: python -m tests.serve.workshop 200
+CYCLES = 12  # more of them: python -m tests.serve.workshop 200
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """The planner held against renders: predicted and measured seconds of many plans of the built-in model.
 
 Every render runs in processes of its own. Seconds count from the first run of the model until the last block
-is durable, as the planner counts them; starting ranks is not in them. Plans take turns, so that a busy minute
-hits all alike.
+is durable, as the planner counts them; starting ranks is not in them. Plans, and passes of the profile, take
+turns, so that a busy minute hits all alike.
 """
 
 import json
@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vidgen.bench.calibrate import calibrate
+from vidgen.bench.passes import middle
 from vidgen.bench.rendering import PROMPT
 from vidgen.parallel.planner.hardware import Hardware
 
@@ -63,31 +65,45 @@ LANES = (
 
 
 def bench_plans(
-    hardware: Hardware, num_frames: int, cases: Sequence[PlanCase], repeats: int = 1, num_steps: int = 20
-) -> list[dict[str, Any]]:
-    """A row per plan: seconds and time to the first frame, predicted and measured (medians), and ratios."""
+    hardware: Hardware | None,
+    num_frames: int,
+    cases: Sequence[PlanCase],
+    repeats: int = 1,
+    num_steps: int = 20,
+) -> tuple[Hardware, list[dict[str, Any]]]:
+    """(the profile, a row per plan): seconds and time to the first frame, predicted and measured, and ratios.
+
+    Medians of the repeats. Without a profile this machine's is measured, in turns with the renders: its pace
+    drifts by a third within minutes, and both are to see the same minutes.
+    """
     readings: list[list[dict[str, float]]] = [[] for _ in cases]
+    profiles = []
     for _ in range(repeats):
+        if hardware is None:
+            profiles.append(calibrate(passes=1))
         for case, found in zip(cases, readings, strict=True):
             found.append(_in_own_process(case, num_frames, num_steps))
-    rows = []
-    for case, found in zip(cases, readings, strict=True):
-        predicted = predict(hardware, case, num_frames, num_steps)
-        seconds = statistics.median(reading["seconds"] for reading in found)
-        rows.append(
-            {
-                "video": predicted["video"],
-                "plan": case.name,
-                "predicted s": round(predicted["seconds"], 3),
-                "measured s": round(seconds, 3),
-                "ratio": round(predicted["seconds"] / seconds, 3),
-                "first frame, predicted": round(predicted["first_frame_s"], 3),
-                "first frame, measured": round(statistics.median(r["first_frame_s"] for r in found), 3),
-                "MiB a rank, predicted": round(predicted["memory_bytes"] / 2**20),
-                "MiB a rank, measured": round(max(r["memory_bytes"] for r in found) / 2**20),
-            }
-        )
-    return rows
+    hardware = hardware or middle(profiles)
+    return hardware, [
+        _row(case, predict(hardware, case, num_frames, num_steps), found)
+        for case, found in zip(cases, readings, strict=True)
+    ]
+
+
+def _row(case: PlanCase, predicted: dict[str, Any], found: Sequence[dict[str, float]]) -> dict[str, Any]:
+    seconds = statistics.median(reading["seconds"] for reading in found)
+    return {
+        "video": predicted["video"],
+        "plan": case.name,
+        "predicted s": round(predicted["seconds"], 3),
+        "measured s": round(seconds, 3),
+        "ratio": round(predicted["seconds"] / seconds, 3),
+        "least to most s": " to ".join(f"{end(r['seconds'] for r in found):.2f}" for end in (min, max)),
+        "first frame, predicted": round(predicted["first_frame_s"], 3),
+        "first frame, measured": round(statistics.median(r["first_frame_s"] for r in found), 3),
+        "MiB a rank, predicted": round(predicted["memory_bytes"] / 2**20),
+        "MiB a rank, measured": round(max(r["memory_bytes"] for r in found) / 2**20),
+    }
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -21,7 +21,7 @@ from vidgen.parallel.transport import Header, Kind, MessageLayout
 SMALL, LARGE = 16, 2**20  # numbers of a message
 ROUNDS = 40
 DEADLINE_S = 120.0
-BUSY_S = 1.5
+TURNS, TURN_S = 10, 0.4
 FRAMES_OF_WORK, NUM_LAYERS = 16, 8  # a round's tokens and weights are more than a core's own cache
 ENDS = {"rank": 0, "peer": 1, "depth": 2, "timeout_s": DEADLINE_S}
 
@@ -42,14 +42,16 @@ def process_bytes() -> int:
 def measured_busy(cores: int, width: int, hidden: int, tokens: int) -> tuple[tuple[float, float], ...]:
     """(processes at work, how much slower each is): by the clock up to the number of cores, shared beyond.
 
-    The work is what a model's layers are made of, at their sizes.
+    The work is what a model's layers are made of, at their sizes. Numbers of processes take turns, many
+    times: which cores share what may change from one second to the next where a machine is a virtual one.
     """
     counts = sorted({1, min(2, cores), cores})
-    taken = {count: max(_together(_work, count, width, hidden, tokens)) for count in counts}
-    factors = [(float(count), max(1.0, taken[count] / taken[1])) for count in counts]
-    rising = [
-        (count, max(factor for _, factor in factors[: i + 1])) for i, (count, factor) in enumerate(factors)
-    ]
+    found = _together(_work, cores, counts, width, hidden, tokens)
+    taken = [max(of_process[turn] for of_process in found) for turn in range(len(counts))]
+    rising: list[tuple[float, float]] = []
+    for count, seconds in zip(counts, taken, strict=True):
+        least = rising[-1][1] if rising else 1.0
+        rising.append((float(count), max(least, seconds / taken[0])))
     count, factor = rising[-1]
     return (*rising, (2 * count, 2 * factor))
 
@@ -171,19 +173,31 @@ def _rounds(taken: list[float]) -> Iterator[Iterator[int]]:
     taken.append(sum(quick) / len(quick) / 2)
 
 
-def _work(_: int, swap: Callable[[Any], Any], width: int, hidden: int, tokens: int) -> float:
-    """Seconds of a round of what ranks do most: products of matrices and passes over memory."""
+def _work(
+    index: int, swap: Callable[[Any], Any], counts: Sequence[int], width: int, hidden: int, tokens: int
+) -> list[float]:
+    """Seconds of a round of what ranks do most: products of matrices and passes over memory.
+
+    For each number of processes at work; 0 where this one is not among them.
+    """
     x = torch.randn(FRAMES_OF_WORK * tokens, width)
     layers = [
         (torch.randn(hidden, width) / width, torch.randn(width, hidden) / hidden) for _ in range(NUM_LAYERS)
     ]
     swap(0)
     swap(0)
-    end, rounds, before = time.monotonic() + BUSY_S, 0, time.perf_counter()
-    while time.monotonic() < end:
-        for up, down in layers:
-            y = torch.nn.functional.layer_norm(x, (width,))
-            y = torch.nn.functional.gelu(y @ up.T, approximate="tanh") @ down.T
-            x = (x + y) * 0.999
-        rounds += 1
-    return (time.perf_counter() - before) / max(rounds, 1)
+    began, rounds, taken = time.monotonic(), [0] * len(counts), [0.0] * len(counts)
+    for slot in range(TURNS * len(counts)):
+        turn, end = slot % len(counts), began + (slot + 1) * TURN_S
+        before = time.monotonic()
+        if index >= counts[turn]:
+            time.sleep(max(0.0, end - before))
+            continue
+        while time.monotonic() < end:
+            for up, down in layers:
+                y = torch.nn.functional.layer_norm(x, (width,))
+                y = torch.nn.functional.gelu(y @ up.T, approximate="tanh") @ down.T
+                x = (x + y) * 0.999
+            rounds[turn] += 1
+        taken[turn] += time.monotonic() - before
+    return [seconds / max(number, 1) for seconds, number in zip(taken, rounds, strict=True)]
