@@ -6,7 +6,8 @@ from typing import Any
 import ray
 
 from vidgen.parallel.decoding import Decoder
-from vidgen.parallel.rank import Rank, Whereabouts, peak_memory_bytes
+from vidgen.parallel.memory import peak_memory_bytes
+from vidgen.parallel.rank import Rank, Whereabouts
 
 
 class RankActor(Rank):

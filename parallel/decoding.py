@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vidgen.parallel.rank import Failure, Whereabouts, peak_memory_bytes, threads
+from vidgen.parallel.memory import peak_memory_bytes
+from vidgen.parallel.rank import Failure, Whereabouts, threads
 from vidgen.parallel.steps import Decode, Decoded
 
 

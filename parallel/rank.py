@@ -6,7 +6,6 @@ then. What it has placed it keeps for the next render that asks for the same.
 
 import dataclasses
 import os
-import resource
 import socket
 import threading
 import time
@@ -25,6 +24,7 @@ from vidgen.model.weights import Weights
 from vidgen.parallel.costs import Costs, measure_costs
 from vidgen.parallel.first import FirstStage, OfferedChange, attending_of, default_in_flight
 from vidgen.parallel.links import Ways, link_depth, open_ways
+from vidgen.parallel.memory import peak_memory_bytes
 from vidgen.parallel.pipeline import LaterStage, StageRun, Stats
 from vidgen.parallel.place import Placed, place
 from vidgen.parallel.steps import blocks_before
@@ -307,11 +307,6 @@ class Rank:
                 found["cache"] = run.tally.as_dict()
             found["link"] = type(run.links.outgoing).__name__.removesuffix("Outgoing").lower()
         return found
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class threads:

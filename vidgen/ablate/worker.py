@@ -23,8 +23,8 @@ from vidgen.choosing import film_of, own_scheme
 from vidgen.config import JobConfig, parse_job
 from vidgen.engine import Engine
 from vidgen.live import Live
+from vidgen.parallel.memory import peak_memory_bytes
 from vidgen.parallel.planner.flops import render_flops
-from vidgen.parallel.rank import peak_memory_bytes
 from vidgen.render import load_engine, render
 from vidgen.run import Rendered
 from vidgen.sparsity.tally import summarise
@@ -74,16 +74,16 @@ class Renderer:
         return {
             "seconds": round(committed[-1] - start, 4),
             "first_frame_s": round(committed[0] - start, 4),
-            # of a CPU: it says nothing of what a GPU did
-            "pace_s": None if _uses_gpu(job) else round((before_s + after_s) / 2, 5),
+            "pace_s": round((before_s + after_s) / 2, 5) if _has_pace(job) else None,
             **_memory_and_bytes(attempts),
             **_work(self.engine, done),
             "block_frames": _block_frames(self.engine, done),
         }
 
 
-def _uses_gpu(job: JobConfig) -> bool:
-    return job.device != "cpu" and torch.cuda.is_available()
+def _has_pace(job: JobConfig) -> bool:
+    """A CPU's says nothing of what a GPU does, and ranks that wait would make it look slower."""
+    return job.parallel.ranks == 1 and (job.device == "cpu" or not torch.cuda.is_available())
 
 
 def _block_frames(engine: Engine, done: Rendered) -> int | None:

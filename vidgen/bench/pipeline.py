@@ -4,7 +4,6 @@ Every render runs in a process of its own. Numbers of ranks take turns, so that 
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -49,13 +48,14 @@ def _as_one_job(pair: list[dict[str, Any]]) -> dict[str, Any]:
 def render_once(num_frames: int, ranks: int, side: int, folder: Path) -> dict[str, Any]:
     """One render of side x side pixels in this process, and what it took."""
     from vidgen.config import parse_job
+    from vidgen.parallel.memory import peak_memory_bytes
     from vidgen.render import render
 
     output = {"path": folder / "bench.mp4", "sheet": False}
     parallel = {"ranks": ranks, "trace": False}
     size = {"num_frames": num_frames, "height": side, "width": side}
     done = render(parse_job({"prompt": PROMPT, **size, "output": output, "parallel": parallel}))
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    own = peak_memory_bytes() // MIB
     row = {"num_frames": num_frames, "ranks": ranks, "seconds": done.seconds, "driver_mib": own}
     if done.evidence is None:
         facts: dict[str, Any] = {

@@ -147,7 +147,7 @@ def render_once(case: PlanCase, num_frames: int, num_steps: int, folder: Path) -
     """One render, and what it took from the first run of the model to the last block on the disk."""
     from vidgen.config import parse_job
     from vidgen.live import Live
-    from vidgen.parallel.rank import peak_memory_bytes
+    from vidgen.parallel.memory import peak_memory_bytes
     from vidgen.render import render
 
     began: list[float] = []

@@ -4,7 +4,6 @@ Each length runs in a process of its own, so that its peak memory is its own.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ def bench_render(lengths: list[int]) -> list[dict[str, Any]]:
 def render_once(num_frames: int, folder: Path) -> dict[str, Any]:
     """One render in this process, and what it took."""
     from vidgen.config import parse_job
+    from vidgen.parallel.memory import peak_memory_bytes
     from vidgen.render import render
 
     output = {"path": folder / "bench.mp4", "sheet": False}
@@ -39,7 +39,7 @@ def render_once(num_frames: int, folder: Path) -> dict[str, Any]:
         "seconds": round(done.seconds, 2),
         "seconds_per_frame": round(done.seconds / num_frames, 4),
         "first_frame_s": round(done.first_frame_s or 0.0, 2),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_mib": peak_memory_bytes() // 2**20,
     }
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vidgen.parallel.memory import peak_memory_bytes
 from vidgen.parallel.planner.hardware import LinkRate
-from vidgen.parallel.rank import peak_memory_bytes
 from vidgen.parallel.shared_links import SharedIncoming, SharedOutgoing
 from vidgen.parallel.transport import Header, Kind, MessageLayout
 
