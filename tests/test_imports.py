@@ -73,13 +73,17 @@ ROOMS: dict[str, Room] = {
     "vidgen.media": Room(engine=("vidgen.types",)),
     "vidgen.config": Room(
         engine=(
-            "vidgen.types", "vidgen.sections", "vidgen.speeds", "vidgen.sparsity.settings",
+            "vidgen.types",
+            "vidgen.sections",
+            "vidgen.speeds",
+            "vidgen.sparsity.settings",
             "vidgen.stepcache.settings",
         )
     ),
     "vidgen.speeds": Room(
         engine=("vidgen.types", "vidgen.sparsity.settings", "vidgen.stepcache.settings"),
-        outside=frozenset(), alone=True,
+        outside=frozenset(),
+        alone=True,
     ),
     "vidgen.sections": Room(engine=("vidgen.types", "vidgen.sparsity.settings")),
     "vidgen.families": Room(engine=FAMILY),

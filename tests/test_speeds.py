@@ -7,7 +7,7 @@ import pytest
 
 from vidgen.config import dump_job, frames_digest, parse_job, resolve
 from vidgen.speeds import LEVELS, describe
-from vidgen.types import ContextMode, Recommended
+from vidgen.types import Recommended
 
 PROMPT = "a red circle moving left over a gray background"
 RESULTS = Path(__file__).parent.parent / "tools" / "results" / "ablate_speed.json"
@@ -25,20 +25,26 @@ def test_exact_is_the_default_to_the_last_setting():
 
 @pytest.mark.parametrize("speed", LEVELS)
 def test_a_level_fills_in_its_settings_and_is_then_forgotten(speed):
-    job = resolved(speed=speed)
-    assert job.speed is None and job.cache == LEVELS[speed].cache
-    assert job.queue.context_mode == LEVELS[speed].context_mode
+    job, level = resolved(speed=speed), LEVELS[speed]
+    assert job.speed is None and job.cache == level.cache
+    assert job.queue.residual_guidance == level.residual_guidance
+    assert job.queue.block_frames == level.longer_blocks * Recommended().block_frames
     # what is stored goes on the same whatever a later version's levels are
     stored = dump_job(job)
-    assert "speed: null" in stored and f"method: {LEVELS[speed].cache.method}" in stored
+    assert "speed: null" in stored and f"method: {level.cache.method}" in stored
 
 
 @pytest.mark.parametrize("speed", LEVELS)
 def test_what_a_job_says_itself_wins_over_its_level(speed):
-    mine = {"cache": {"method": "mag", "threshold": 0.01}, "queue": {"context_mode": "cache"}}
-    job = resolved(speed=speed, **mine)
+    mine = {"block_frames": 3, "residual_guidance": "self"}
+    job = resolved(speed=speed, cache={"method": "mag", "threshold": 0.01}, queue=mine)
     assert (job.cache.method, job.cache.threshold) == ("mag", 0.01)
-    assert job.queue.context_mode == ContextMode.CACHE
+    assert (job.queue.block_frames, job.queue.residual_guidance) == (3, "self")
+
+
+@pytest.mark.parametrize("speed", LEVELS)
+def test_single_frames_in_a_queue_stay_single(speed):
+    assert resolved(speed=speed, queue={"timetable": "fifo"}).queue.block_frames == 1
 
 
 @pytest.mark.parametrize(

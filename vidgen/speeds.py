@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.sparsity.settings import SparsitySettings
 from vidgen.stepcache.settings import CacheSettings
-from vidgen.types import ContextMode, ResidualGuidance
+from vidgen.types import ResidualGuidance
 
 if TYPE_CHECKING:
     from vidgen.config import JobConfig
@@ -19,56 +19,56 @@ EXACT = "exact"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Level:
-    """What a level sets, and the cell of tools/results/ablate_speed.json that says what it costs."""
+    """What a level sets, and what that cost: tools/results/ablate_speed.json, of configs/ablate_speed.yaml."""
 
+    words: str
+    measured: str  # against exact, on the same ranks
     cache: CacheSettings
-    context_mode: ContextMode
-    measured: str  # against exact, at the same number of ranks
-
-    @property
-    def words(self) -> str:
-        """Such as `step cache taylor, context kept`."""
-        context = {ContextMode.CACHE: "kept", ContextMode.RECOMPUTE: "recomputed"}[self.context_mode]
-        return f"step cache {self.cache.method}, context {context}"
+    residual_guidance: ResidualGuidance = ResidualGuidance.NONE
+    longer_blocks: int = 1  # times the model's recommended ones
 
 
+# `mag` is a little quicker than `taylor` at the same quality, but must be calibrated for each model
 LEVELS = {
     "balanced": Level(
-        cache=CacheSettings(method="taylor"),
-        context_mode=ContextMode.RECOMPUTE,
+        words="step cache taylor",
         measured="",
+        cache=CacheSettings(method="taylor"),
     ),
     "fast": Level(
-        cache=CacheSettings(method="taylor", max_skips=3),
-        context_mode=ContextMode.CACHE,
+        words="step cache taylor, blocks twice as long, guidance's other branch once a block",
         measured="",
+        cache=CacheSettings(method="taylor"),
+        residual_guidance=ResidualGuidance.ONETIME,
+        longer_blocks=2,
     ),
 }
 
 
-def with_level(job: "JobConfig") -> "JobConfig":
+def with_level(job: "JobConfig", block_frames: int) -> "JobConfig":
     """The job with what its level sets, and without the level: that of a later version may be another.
 
-    ValueError in one line for `exact` with an approximation.
+    `block_frames` are the model's recommended ones. ValueError in one line for `exact` with an approximation.
     """
     if job.speed is None:
         return job
     if job.speed == EXACT:
         _check_exact(job)
         return job.model_copy(update={"speed": None})
-    level = LEVELS[job.speed]
-    changes: dict[str, Any] = {"speed": None}
-    if job.cache.method == "none":
-        changes["cache"] = level.cache
-    if job.queue.context_mode is None:
-        changes["queue"] = job.queue.model_copy(update={"context_mode": level.context_mode})
-    return job.model_copy(update=changes)
+    level, queue = LEVELS[job.speed], job.queue
+    changes: dict[str, Any] = {}
+    if queue.residual_guidance == ResidualGuidance.NONE:
+        changes["residual_guidance"] = level.residual_guidance
+    if queue.block_frames is None and level.longer_blocks > 1 and queue.timetable != "fifo":
+        changes["block_frames"] = level.longer_blocks * block_frames
+    cache = job.cache if job.cache.method != "none" else level.cache
+    return job.model_copy(update={"speed": None, "cache": cache, "queue": queue.model_copy(update=changes)})
 
 
 def describe(speed: str) -> str:
     """One line for people: what a level does, and what that cost where it was measured."""
     level = LEVELS[speed]
-    return f"speed={speed}: {level.words}; measured on the built-in model: {level.measured}"
+    return f"speed={speed}: {level.words}; on the built-in model {level.measured}"
 
 
 def _check_exact(job: "JobConfig") -> None:
