@@ -29,6 +29,7 @@ def test_a_level_fills_in_its_settings_and_is_then_forgotten(speed):
     assert job.speed is None and job.cache == level.cache
     assert job.queue.residual_guidance == level.residual_guidance
     assert job.queue.block_frames == level.longer_blocks * Recommended().block_frames
+    assert job.queue.stride == (1 if level.blocks_at_once is None else 20 // level.blocks_at_once)
     # what is stored goes on the same whatever a later version's levels are
     stored = dump_job(job)
     assert "speed: null" in stored and f"method: {level.cache.method}" in stored
@@ -36,15 +37,17 @@ def test_a_level_fills_in_its_settings_and_is_then_forgotten(speed):
 
 @pytest.mark.parametrize("speed", LEVELS)
 def test_what_a_job_says_itself_wins_over_its_level(speed):
-    mine = {"block_frames": 3, "residual_guidance": "self"}
+    mine = {"block_frames": 3, "residual_guidance": "self", "stride": 2}
     job = resolved(speed=speed, cache={"method": "mag", "threshold": 0.01}, queue=mine)
     assert (job.cache.method, job.cache.threshold) == ("mag", 0.01)
-    assert (job.queue.block_frames, job.queue.residual_guidance) == (3, "self")
+    assert (job.queue.block_frames, job.queue.residual_guidance, job.queue.stride) == (3, "self", 2)
 
 
 @pytest.mark.parametrize("speed", LEVELS)
-def test_single_frames_in_a_queue_stay_single(speed):
-    assert resolved(speed=speed, queue={"timetable": "fifo"}).queue.block_frames == 1
+def test_timetables_that_have_their_own_blocks_and_strides_keep_them(speed):
+    fifo = resolved(speed=speed, queue={"timetable": "fifo"}).queue
+    assert (fifo.block_frames, fifo.stride) == (1, 1)
+    assert resolved(speed=speed, queue={"timetable": "autoregressive"}).queue.stride == 1
 
 
 @pytest.mark.parametrize(

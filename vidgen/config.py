@@ -104,7 +104,7 @@ class JobConfig(Strict):
 
 def resolve(config: JobConfig, recommended: Recommended) -> JobConfig:
     """The same job with every value filled in. ValueError for a level of speed that its settings gainsay."""
-    config = with_level(config, recommended.block_frames)
+    config = with_level(config, recommended)
     if config.num_frames is None and not config.segments:
         config = config.model_copy(update={"num_frames": recommended.num_frames})
     segments = config.timeline()

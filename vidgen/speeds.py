@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.sparsity.settings import SparsitySettings
 from vidgen.stepcache.settings import CacheSettings
-from vidgen.types import ResidualGuidance
+from vidgen.types import Recommended, ResidualGuidance
 
 if TYPE_CHECKING:
     from vidgen.config import JobConfig
@@ -19,13 +19,14 @@ EXACT = "exact"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Level:
-    """What a level sets, and what that cost: tools/results/ablate_speed.json, of configs/ablate_speed.yaml."""
+    """What a level sets, and what it costs by configs/ablate_speed.yaml (tools/results/ablate_speed.json)."""
 
     words: str
     measured: str  # against exact, on the same ranks
     cache: CacheSettings
     residual_guidance: ResidualGuidance = ResidualGuidance.NONE
     longer_blocks: int = 1  # times the model's recommended ones
+    blocks_at_once: int | None = None  # in the queue; None: as many as there are steps
 
 
 # `mag` is a little quicker than `taylor` at the same quality, but must be calibrated for each model
@@ -36,19 +37,20 @@ LEVELS = {
         cache=CacheSettings(method="taylor"),
     ),
     "fast": Level(
-        words="step cache taylor, blocks twice as long, guidance's other branch once a block",
+        words="step cache taylor, blocks twice as long and four at once, one guidance branch after a first step",
         measured="",
         cache=CacheSettings(method="taylor"),
         residual_guidance=ResidualGuidance.ONETIME,
         longer_blocks=2,
+        blocks_at_once=4,
     ),
 }
 
 
-def with_level(job: "JobConfig", block_frames: int) -> "JobConfig":
+def with_level(job: "JobConfig", recommended: Recommended) -> "JobConfig":
     """The job with what its level sets, and without the level: that of a later version may be another.
 
-    `block_frames` are the model's recommended ones. ValueError in one line for `exact` with an approximation.
+    ValueError in one line for `exact` with an approximation.
     """
     if job.speed is None:
         return job
@@ -60,7 +62,10 @@ def with_level(job: "JobConfig", block_frames: int) -> "JobConfig":
     if queue.residual_guidance == ResidualGuidance.NONE:
         changes["residual_guidance"] = level.residual_guidance
     if queue.block_frames is None and level.longer_blocks > 1 and queue.timetable != "fifo":
-        changes["block_frames"] = level.longer_blocks * block_frames
+        changes["block_frames"] = level.longer_blocks * recommended.block_frames
+    if queue.timetable in (None, "dualparal") and queue.stride == 1 and level.blocks_at_once:
+        num_steps = job.num_inference_steps or recommended.num_inference_steps
+        changes["stride"] = max(1, num_steps // level.blocks_at_once)
     cache = job.cache if job.cache.method != "none" else level.cache
     return job.model_copy(update={"speed": None, "cache": cache, "queue": queue.model_copy(update=changes)})
 

@@ -23,7 +23,15 @@ from vidgen.kernels.modulate.api import norm_modulate
 from vidgen.model.context import Context, LayerKeyValues
 from vidgen.model.dtypes import DTYPES, DType, cast
 from vidgen.model.layer_run import Change, LayerRun
-from vidgen.model.layers import Attend, Block, ImageProjection, NoiseLevelEmbedding, Positions, TextProjection
+from vidgen.model.layers import (
+    Attend,
+    Block,
+    ImageProjection,
+    NoiseLevelEmbedding,
+    Positions,
+    TextProjection,
+    random_rows,
+)
 from vidgen.model.part import Part
 from vidgen.model.rope import rotations
 
@@ -116,7 +124,7 @@ class DiT(nn.Module):
             self.image_in = ImageProjection(config.image_width, width, num_positions)
         sizes = width, config.num_heads, config.ffn_width, config.eps, config.image_tokens
         self.layers = nn.ModuleList(Block(*sizes) for _ in range(config.num_layers))
-        self.head_modulation = nn.Parameter(torch.randn(2, width) / math.sqrt(width))
+        self.head_modulation = random_rows(2, width)
         self.patch_out = nn.Conv2d(width, self.out_channels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.patch_out.weight)
         nn.init.zeros_(self.patch_out.bias)  # type: ignore[arg-type]

@@ -212,13 +212,22 @@ class FeedForward(nn.Module):
         return self.down(torch.ops.aten.gelu_(hidden, approximate="tanh"))
 
 
+def random_rows(count: int, width: int) -> nn.Parameter:
+    """[count, width], each row about as long as 1.
+
+    Nothing is worked out on the meta device: torch imports its compiler for that, a second and 100 MiB.
+    """
+    rows = torch.randn(count, width)
+    return nn.Parameter(rows if rows.is_meta else rows / math.sqrt(width))
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and last modulated per frame."""
 
     def __init__(self, width: int, num_heads: int, ffn_width: int, eps: float, image_tokens: int = 0) -> None:
         super().__init__()
         self.eps = eps
-        self.modulation = nn.Parameter(torch.randn(6, width) / math.sqrt(width))
+        self.modulation = random_rows(6, width)
         self.self_attention = SelfAttention(width, num_heads, eps)
         self.cross_norm = LayerNorm(width, eps)
         self.cross_attention = CrossAttention(width, num_heads, eps, image_tokens)

@@ -1,7 +1,7 @@
 """What can be set of step caches, and what is best where nothing is said.
 
-Defaults were chosen on the built-in model at its 20 steps: those that save most of the forwards while it draws
-what it is asked for within two points as often as without (tools/results/ablate_caches.json).
+Defaults were chosen on the built-in model at its 20 steps: those that save most of the forwards while it
+draws what it is asked for within two points as often as without (tools/results/ablate_caches.json).
 """
 
 import math
