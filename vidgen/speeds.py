@@ -33,12 +33,12 @@ class Level:
 LEVELS = {
     "balanced": Level(
         words="step cache taylor",
-        measured="",
+        measured="2.0 times as quick, 68/72 windows right (exact 66/72), 29 dB from the exact video",
         cache=CacheSettings(method="taylor"),
     ),
     "fast": Level(
-        words="step cache taylor, blocks twice as long and four at once, one guidance branch after a first step",
-        measured="",
+        words="step cache taylor, blocks twice as long, four at once, one guidance branch after their first",
+        measured="4.5 times as quick, 70/72 windows right (exact 66/72); another video than the exact one",
         cache=CacheSettings(method="taylor"),
         residual_guidance=ResidualGuidance.ONETIME,
         longer_blocks=2,
