@@ -43,6 +43,13 @@ def test_what_a_job_says_itself_wins_over_its_level(speed):
     assert (job.queue.block_frames, job.queue.residual_guidance, job.queue.stride) == (3, "self", 2)
 
 
+@pytest.mark.parametrize(
+    "both", [{"parallel": {"ranks": 2, "guidance": 2}}, {"queue": {"guidance": "stacked"}}]
+)
+def test_branches_of_guidance_that_run_at_once_are_left_to_do_so(both):
+    assert resolved(speed="fast", **both).queue.residual_guidance == "none"
+
+
 @pytest.mark.parametrize("speed", LEVELS)
 def test_timetables_that_have_their_own_blocks_and_strides_keep_them(speed):
     fifo = resolved(speed=speed, queue={"timetable": "fifo"}).queue

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vidgen.sparsity.settings import SparsitySettings
 from vidgen.stepcache.settings import CacheSettings
-from vidgen.types import Recommended, ResidualGuidance
+from vidgen.types import GuidanceMode, Recommended, ResidualGuidance
 
 if TYPE_CHECKING:
     from vidgen.config import JobConfig
@@ -59,7 +59,8 @@ def with_level(job: "JobConfig", recommended: Recommended) -> "JobConfig":
         return job.model_copy(update={"speed": None})
     level, queue = LEVELS[job.speed], job.queue
     changes: dict[str, Any] = {}
-    if queue.residual_guidance == ResidualGuidance.NONE:
+    one_by_one = job.parallel.guidance == 1 and queue.guidance == GuidanceMode.SPLIT
+    if queue.residual_guidance == ResidualGuidance.NONE and one_by_one:  # else both branches run at once
         changes["residual_guidance"] = level.residual_guidance
     if queue.block_frames is None and level.longer_blocks > 1 and queue.timetable != "fifo":
         changes["block_frames"] = level.longer_blocks * recommended.block_frames

@@ -8,6 +8,7 @@ import pytest
 from vidgen.ablate.pareto import best_within, front
 from vidgen.ablate.scenes import prompts_of
 from vidgen.ablate.settings import AblationConfig, cells_of, read_ablation
+from vidgen.stepcache import settings
 
 
 def ablation(**values: Any) -> AblationConfig:
@@ -65,6 +66,13 @@ def test_a_file_that_is_no_ablation_is_told_in_one_line(tmp_path: Path, text: st
     with pytest.raises(ValueError, match=message) as caught:
         read_ablation(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_cell_whose_defaults_change_is_another(monkeypatch: pytest.MonkeyPatch):
+    (cell,) = cells_of(ablation(cells=[{"cache.method": ["taylor"]}]), "x")[1:]
+    before = cell.digest()
+    monkeypatch.setitem(settings.DEFAULTS, "taylor", (None, 4, 1, 2, 1))
+    assert cell.digest() != before
 
 
 def test_more_videos_have_the_prompts_of_fewer_and_further_ones():

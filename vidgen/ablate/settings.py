@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from vidgen.config import JobConfig, parse_job, read_yaml
 from vidgen.sections import Strict, Text
+from vidgen.speeds import LEVELS
 
 EXACT = "exact"
 MAX_CELLS = 1000
@@ -55,8 +56,15 @@ class Cell:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All settings but those of a single video, ready for JSON."""
-        return self.job.model_dump(mode="json", exclude=set(NOT_OF_A_CELL))
+        """All settings but those of a single video, ready for JSON.
+
+        Of a step cache and a level of speed also what this version fills in: a later one's is another cell.
+        """
+        found = self.job.model_dump(mode="json", exclude=set(NOT_OF_A_CELL))
+        found["cache"] = asdict(self.job.cache.resolved())
+        if self.job.speed in LEVELS:
+            found["level"] = asdict(LEVELS[self.job.speed])
+        return found
 
     def digest(self, *others: Any) -> str:
         """Names what a result depends on: the settings, and what else is given."""
