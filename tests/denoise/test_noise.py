@@ -2,6 +2,8 @@
 
 import math
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -132,3 +134,16 @@ def test_noise_of_a_seed_is_the_same_for_ever():
     expected = torch.tensor([0.114087, 1.486402, 0.207126, 0.704189])
     torch.testing.assert_close(source(42).block(1)[0, 0, 0, 0], expected, rtol=0, atol=1e-6)
     assert source(42).pool_frames(3) == [0, 2, 5, 4]
+
+
+def test_threads_that_share_a_source_draw_what_one_draws():
+    def draw(shared: NoiseSource, meet: threading.Barrier) -> list[list[int]]:
+        meet.wait(timeout=30)
+        return [shared.pool_frames(index) for index in range(12)]
+
+    expected = [source().pool_frames(index) for index in range(12)]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(50):
+            shared, meet = source(), threading.Barrier(4)
+            drawn = [threads.submit(draw, shared, meet) for _ in range(4)]
+            assert all(one.result(timeout=60) == expected for one in drawn)

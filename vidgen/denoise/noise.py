@@ -29,7 +29,7 @@ class NoiseSource:
         self.seed, self.kind = seed, kind
         self.block_frames, self.context_frames = block_frames, context_frames
         self.frame_shape = frame_shape
-        self._orders: list[list[int]] = []  # per block: which pool frames the window before + own holds
+        self._orders: dict[int, list[int]] = {}  # by block: which pool frames the window before + own holds
 
     def __call__(self, block: Block) -> Tensor:
         """[1, C, F, Y, X] of a block."""
@@ -47,11 +47,11 @@ class NoiseSource:
     def pool_frames(self, index: int) -> list[int]:
         """Which frames of the pool a block holds, in order."""
         block, context = self.block_frames, self.context_frames
-        while len(self._orders) <= index:
-            order = self._orders[-1] if self._orders else list(range(block + context))
-            generator = _generator(self.seed, "order", len(self._orders))
-            shuffled = torch.randperm(block, generator=generator).tolist()
-            self._orders.append(order[block:] + [order[i] for i in shuffled])
+        # each under its own number: a thread that draws at the same time draws the same
+        for number in range(len(self._orders), index + 1):
+            order = self._orders[number - 1] if number else list(range(block + context))
+            shuffled = torch.randperm(block, generator=_generator(self.seed, "order", number)).tolist()
+            self._orders[number] = order[block:] + [order[i] for i in shuffled]
         return self._orders[index][context:]
 
     def _pool(self) -> Tensor:
