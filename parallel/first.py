@@ -18,7 +18,7 @@ from vidgen.conditioning.prompts import BlockTexts, PromptChange
 from vidgen.denoise.attending import Attending
 from vidgen.denoise.lending import Lent
 from vidgen.denoise.loop import BlockState, FinishedBlock, LoopState, Task, Window, make_window, take_steps
-from vidgen.denoise.skipping import decide, share_skipped, skipping_layers, skips_forwards
+from vidgen.denoise.skipping import decide, share_skipped, skips_forwards
 from vidgen.denoise.timetable import Forward
 from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.dit import Conditioning
@@ -322,15 +322,7 @@ class FirstStage(StageRun):
 
 
 def attending_of(task: Task, stage: Stage, lent: Lent) -> Attending | None:
-    """How a stage's layers are run, where not the plain way; in lock step the lane does it, see lane.py.
-
-    ValueError for lanes that do not know that way.
-    """
-    if skipping_layers(task) and stage.lanes.sequence > 1:
-        raise ValueError(
-            f"cache=delta with ulysses={stage.lanes.ulysses}, ring={stage.lanes.ring}: keeps whole frames; "
-            "take layers on more ranks instead, or cache=taylor"
-        )
+    """How a stage's layers are run, where not the plain way; in lock step the lane does it, see lane.py."""
     found = task.attending(stage.layers, lent)
     return found if isinstance(found, Attending) else None
 

@@ -175,14 +175,8 @@ def make_plan(family: Family, job: JobConfig, inputs: Inputs | None = None, **gi
 
 def _check_one_process(job: JobConfig) -> None:
     """ValueError for ranks with a setting that they do not know."""
-    parallel, cache = job.parallel, job.cache
-    if parallel.ranks == 1:
+    if job.parallel.ranks == 1:
         return
-    if cache.skips_layers and parallel.ulysses * parallel.ring > 1:
-        raise ValueError(
-            f"cache={cache.method} with ulysses={parallel.ulysses}, ring={parallel.ring}: it keeps whole "
-            "frames of a layer; take ranks without them, or cache=taylor"
-        )
     queue, only = job.queue, f"in one process only, and ranks={job.parallel.ranks}; leave one of them out"
     if queue.static_threshold is not None:
         raise ValueError(f"static_threshold={queue.static_threshold:g}: blocks are repeated {only}")

@@ -60,6 +60,11 @@ def check_lanes(task: Task, lanes: Lanes) -> None:
             f"clip={lanes.clip}: the video has {task.clips.num_clips} clips of {task.clips.clip_frames} "
             f"latent frames; take clip=1 to {task.clips.num_clips}, or a smaller block_frames"
         )
+    if lanes.sequence > 1 and task.cache is not None and task.cache.settings.skips_layers:
+        raise ValueError(
+            f"cache={task.cache.settings.method} with ulysses={lanes.ulysses}, ring={lanes.ring}: keeps "
+            "whole frames; take layers on more ranks instead, or cache=taylor"
+        )
     searches = task.sparsity is not None and getattr(task.sparsity.policy, "searches", True)
     if lanes.sequence > 1 and task.sparsity is not None and (searches or lanes.ring > 1):
         axis = "ring" if lanes.ring > 1 else "ulysses"

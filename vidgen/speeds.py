@@ -21,23 +21,32 @@ EXACT = "exact"
 class Level:
     """What a level sets, and what it costs by configs/ablate_speed.yaml (tools/results/ablate_speed.json)."""
 
-    words: str
     measured: str  # against exact, on the same ranks
     cache: CacheSettings
     residual_guidance: ResidualGuidance = ResidualGuidance.NONE
     longer_blocks: int = 1  # times the model's recommended ones
     blocks_at_once: int | None = None  # in the queue; None: as many as there are steps
 
+    @property
+    def words(self) -> str:
+        """What it does, for people."""
+        parts = [f"step cache {self.cache.method}"]
+        if self.longer_blocks > 1:
+            parts.append(f"blocks {self.longer_blocks} times as long")
+        if self.blocks_at_once is not None:
+            parts.append(f"{self.blocks_at_once} of them at once")
+        if self.residual_guidance != ResidualGuidance.NONE:
+            parts.append(f"residual guidance {self.residual_guidance.value}")
+        return ", ".join(parts)
+
 
 # `mag` is a little quicker than `taylor` at the same quality, but must be calibrated for each model
 LEVELS = {
     "balanced": Level(
-        words="step cache taylor",
         measured="2.0 times as quick, 68/72 windows right (exact 66/72), 29 dB from the exact video",
         cache=CacheSettings(method="taylor"),
     ),
     "fast": Level(
-        words="step cache taylor, blocks twice as long, four at once, one guidance branch after their first",
         measured="4.5 times as quick, 70/72 windows right (exact 66/72); another video than the exact one",
         cache=CacheSettings(method="taylor"),
         residual_guidance=ResidualGuidance.ONETIME,

@@ -1,13 +1,14 @@
 """Tasks with step caches on small random models, in the loop and on threads."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from vidgen.denoise.loop import Task
 from vidgen.model.dit import DiT
@@ -46,6 +47,15 @@ def cache(method: str, **settings: Any) -> StepCache:
     made = make_cache(CacheSettings(**settings))
     assert made is not None
     return made
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The loop's sums as those of the ranks' threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from vidgen.denoise.skipping import skipping_layers
 from vidgen.denoise.timetable import autoregressive, dualparal, full, moving_buffer, pipefusion
 from vidgen.journal import _flatten, _unflatten
 from vidgen.parallel.topology import Lanes
+from vidgen.sharing import check_lanes
 from vidgen.sparsity.making import make_policy
 from vidgen.sparsity.settings import SparsitySettings
 from vidgen.stepcache.delta import layers_left_out
@@ -36,15 +37,6 @@ RESTORING = SparsitySettings(
     policy="adaspa", density=0.4, restore=True, query_block=4, key_block=4, dense_above=1.0,
     search_at=(0.2, 0.6),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The loop's sums as those of the ranks' threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def clean(task: Task, state: LoopState | None = None) -> list[torch.Tensor]:
@@ -263,27 +255,7 @@ def test_changes_are_kept_of_the_layers_that_the_next_step_leaves_out_and_of_no_
     assert not state.lent.attention
 
 
-@pytest.mark.parametrize("change", ["prompt", "steps", "model", "size"])
-def test_another_video_by_the_same_cache_is_what_it_would_be_alone(change: str, make_task: Any, threads: Any):
-    """State lies in the blocks of a job, so that there is nothing to reset."""
-    first, second = make_task(TIMETABLES["recompute"], "delta"), make_task(TIMETABLES["recompute"], "delta")
-    clean(first)
-    if change == "steps":
-        second = make_task(dualparal(9, STEPS - 2, block_frames=2, context_frames=1), "delta")
-    elif change == "size":
-        second = make_task(dualparal(7, STEPS, block_frames=3, context_frames=1), "delta")
-    elif change == "model":
-        sizes = threads.denoise_tests.SIZES | {"num_layers": 3}
-        model = threads.denoise_tests.redraw(type(second.model)(threads.denoise_tests.DiTConfig(**sizes)), 7)
-        second = replace(second, model=model)
-    else:
-        text = threads.denoise_tests.random_text("another")
-        second = replace(second, texts=lambda block: (text, text))
-    alone = clean(replace(second, cache=make_task(TIMETABLES["full"], "delta").cache))
-    assert_same(clean(replace(second, cache=first.cache)), alone)
-
-
-def test_what_does_not_go_with_it_is_an_error_of_one_line(make_task: Any, threads: Any):
+def test_what_does_not_go_with_it_is_an_error_of_one_line(make_task: Any):
     clips = Clips(num_frames=7, clip_frames=2, halo_frames=1, global_frames=2)
     with pytest.raises(ValueError, match="cache=delta with timetable=lockstep: .* take cache=taylor"):
         make_task(full(7, STEPS), "delta", options={"clips": clips})
@@ -295,4 +267,4 @@ def test_what_does_not_go_with_it_is_an_error_of_one_line(make_task: Any, thread
             make_task(timetable, "delta")
     for lanes in (Lanes(ulysses=2), Lanes(ring=2)):
         with pytest.raises(ValueError, match="cache=delta with ulysses=., ring=.: .* take layers on more"):
-            threads.run_pipeline(make_task(TIMETABLES["cache"], "delta"), (2, 2), lanes=lanes)
+            check_lanes(make_task(TIMETABLES["cache"], "delta"), lanes)

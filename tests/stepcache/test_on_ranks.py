@@ -26,15 +26,6 @@ def clean(task: Any) -> list[torch.Tensor]:
     return [block.latents_BCFYX for block in denoise(task)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The loop's sums as those of the ranks' threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
 @pytest.mark.parametrize("method", METHODS)

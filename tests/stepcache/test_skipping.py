@@ -144,16 +144,19 @@ def test_nothing_is_kept_of_a_clean_block_nor_over_the_switch_of_experts(make_ta
     assert not state.blocks
 
 
+@pytest.mark.parametrize("method", ["tea", "delta"])
 @pytest.mark.parametrize("change", ["prompt", "steps", "model", "size"])
-def test_another_video_by_the_same_cache_is_what_it_would_be_alone(change: str, make_task: Any, threads: Any):
+def test_another_video_by_the_same_cache_is_what_it_would_be_alone(
+    method: str, change: str, make_task: Any, threads: Any
+):
     """State lies in the blocks of a job, so that there is nothing to reset."""
-    first = make_task(TIMETABLES["recompute"], "tea")
+    first = make_task(TIMETABLES["recompute"], method)
     clean(first)
-    second = make_task(TIMETABLES["recompute"], "tea")
+    second = make_task(TIMETABLES["recompute"], method)
     if change == "steps":
-        second = make_task(dualparal(9, STEPS - 2, block_frames=2, context_frames=1), "tea")
+        second = make_task(dualparal(9, STEPS - 2, block_frames=2, context_frames=1), method)
     elif change == "size":
-        second = make_task(dualparal(7, STEPS, block_frames=3, context_frames=1), "tea")
+        second = make_task(dualparal(7, STEPS, block_frames=3, context_frames=1), method)
     elif change == "model":
         sizes = threads.denoise_tests.SIZES | {"num_layers": 3}
         model = threads.denoise_tests.redraw(type(second.model)(threads.denoise_tests.DiTConfig(**sizes)), 7)
@@ -161,7 +164,7 @@ def test_another_video_by_the_same_cache_is_what_it_would_be_alone(change: str, 
     else:
         text = threads.denoise_tests.random_text("another")
         second = replace(second, texts=lambda block: (text, text))
-    alone = clean(replace(second, cache=make_task(TIMETABLES["full"], "tea").cache))
+    alone = clean(replace(second, cache=make_task(TIMETABLES["full"], method).cache))
     assert_same(clean(replace(second, cache=first.cache)), alone)
 
 

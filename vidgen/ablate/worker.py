@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -65,16 +66,16 @@ class Renderer:
             check=check,
             committed=lambda block: committed.append(time.time()),
         )
-        before_s = pace_s()
+        paces = [pace_s()] if _has_pace(job) else []
         done = render(job, folder=folder, overwrite=True, live=live)
-        after_s = pace_s()
+        paces += [pace_s()] if paces else []
         shutil.rmtree(folder)
         attempts = (done.evidence or {}).get("attempts", [])
         start = min(rank["began_s"] for rank in attempts[0]["ranks"]) if attempts else began[0]
         return {
             "seconds": round(committed[-1] - start, 4),
             "first_frame_s": round(committed[0] - start, 4),
-            "pace_s": round((before_s + after_s) / 2, 5) if _has_pace(job) else None,
+            "pace_s": round(fmean(paces), 5) if paces else None,
             **_memory_and_bytes(attempts),
             **_work(self.engine, done),
             "block_frames": _block_frames(self.engine, done),

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vidgen.bench.calibrate import calibrate
-from vidgen.bench.passes import middle
 from vidgen.bench.rendering import PROMPT
 from vidgen.parallel.planner.hardware import Hardware
 
@@ -76,6 +74,9 @@ def bench_plans(
     Medians of the repeats. Without a profile this machine's is measured, in turns with the renders: its pace
     drifts by a third within minutes, and both are to see the same minutes.
     """
+    from vidgen.bench.calibrate import calibrate  # not in the renders' own processes
+    from vidgen.bench.passes import middle
+
     readings: list[list[dict[str, float]]] = [[] for _ in cases]
     profiles = []
     for _ in range(repeats):

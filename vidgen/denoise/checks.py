@@ -29,6 +29,11 @@ def check_task(task: "Task") -> None:
     for name, is_used in {"buffer": timetable.joint, "pipefusion": timetable.is_patched}.items():
         if is_used and task.cache is not None:
             raise ValueError(f"timetable={name}: knows no step cache; leave cache out")
+    if task.clips is not None and task.cache is not None and task.cache.settings.skips_layers:
+        raise ValueError(
+            f"cache={task.cache.settings.method} with timetable=lockstep: knows no clips; take cache=taylor, "
+            "or another timetable"
+        )
     _check_attention(task)
 
 

@@ -18,7 +18,7 @@ from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.guidance import guide, num_branches
 from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.lockstep import ClipAttention, Clips
-from vidgen.denoise.skipping import check_layers, decide, share_skipped, skipping_layers, skips_forwards
+from vidgen.denoise.skipping import decide, share_skipped, skipping_layers, skips_forwards
 from vidgen.denoise.solver import Solver
 from vidgen.denoise.state import BlockState, FinishedBlock, LoopState, Window
 from vidgen.denoise.still import StillFilter, denoised, repeat, same_texts
@@ -57,7 +57,6 @@ class Task:
 
     def __post_init__(self) -> None:
         check_task(self)
-        check_layers(self)
 
     @property
     def num_branches(self) -> int:

@@ -21,7 +21,7 @@ def decide(task: "Task", forward: Forward, own: BlockState, window: Window) -> D
 
     The prompt's branch speaks for all: they are run or skipped together.
     """
-    if task.cache is None or not skips_forwards(task):
+    if task.cache is None or task.cache.settings.skips_layers:
         return None
     step, frames = forward.step, window.own_frames()
     text_BNT = task.run_texts(task.timetable.block(forward.block), step)[0][:1]
@@ -66,14 +66,6 @@ def share_skipped(task: "Task", forward: Forward, decision: Decision | None) -> 
     if left_out is not None:
         return len(left_out(forward.block)[forward.step]) / task.model.config.num_layers
     return int(decision is not None and decision.outputs is not None)
-
-
-def check_layers(task: "Task") -> None:
-    """ValueError for what does not go together with leaving out layers."""
-    if skipping_layers(task) and task.clips is not None:
-        raise ValueError(
-            "cache=delta with timetable=lockstep: knows no clips; take cache=taylor, or another timetable"
-        )
 
 
 @lru_cache(maxsize=512)
