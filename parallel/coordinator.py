@@ -15,11 +15,12 @@ from vidgen.denoise.loop import LoopState
 from vidgen.parallel.cluster import offered_ranks
 from vidgen.parallel.evidence import Evidence, SpanFile
 from vidgen.parallel.first import OfferedChange
-from vidgen.parallel.gang import Gang, GangConfig, GangFailed
+from vidgen.parallel.gang import POLL_EVERY_S, Gang, GangConfig, GangFailed
 from vidgen.parallel.rank import Blueprint
 from vidgen.parallel.standing import Gangs
 from vidgen.parallel.steps import Decode, Hooks, Step, blocks_before
 
+LAST_POLL_S = 0.04  # ranks end soon after the last block
 SETTLE_S = 5.0  # how long a cluster may take to notice what has been freed
 
 
@@ -85,7 +86,11 @@ class Coordinator:
             hooks.check()
             gang.offer(self._offered[self._num_told :])
             self._num_told = len(self._offered)
-            news = gang.look(stop=hooks.should_stop(), committed_blocks=hooks.committed_blocks())
+            is_all_decoded = num_decoded == task.timetable.num_blocks
+            news = gang.look(
+                stop=hooks.should_stop(), committed_blocks=hooks.committed_blocks(),
+                timeout_s=LAST_POLL_S if is_all_decoded else POLL_EVERY_S,
+            )  # fmt: skip
             for decoded in news.decoded:
                 assert decoded.block == num_decoded, f"block {decoded.block} came instead of {num_decoded}"
                 num_decoded += 1

@@ -4,6 +4,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -44,14 +45,20 @@ class Decoder:
         assert self._work is not None
         self._work.waiting.put((block, latents))
 
-    def poll(self) -> DecodeReport:
-        """What has been decoded since the last call."""
+    def poll(self, wait_s: float = 0.0) -> DecodeReport:
+        """What has been decoded since the last call; where that is nothing yet, within `wait_s`."""
         work = self._work
         assert work is not None
-        failure, decoded = work.failure, []
-        while not work.decoded.empty():
-            decoded.append(work.decoded.get())
-        return DecodeReport(decoded=decoded, failure=failure, peak_memory_bytes=peak_memory_bytes())
+        found: list[Decoded | None] = []
+        with suppress(queue.Empty):
+            found.append(work.decoded.get(timeout=wait_s))
+            while True:
+                found.append(work.decoded.get_nowait())
+        return DecodeReport(
+            decoded=[decoded for decoded in found if decoded is not None],
+            failure=work.failure,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
 
 
 class _Work:
@@ -60,7 +67,7 @@ class _Work:
     def __init__(self, load: Callable[[], Decode], num_threads: int) -> None:
         self._load, self._num_threads = load, num_threads
         self.waiting: queue.SimpleQueue[tuple[int, Tensor] | None] = queue.SimpleQueue()
-        self.decoded: queue.SimpleQueue[Decoded] = queue.SimpleQueue()
+        self.decoded: queue.SimpleQueue[Decoded | None] = queue.SimpleQueue()  # None: look at `failure`
         self.failure: Failure | None = None
 
     def run(self) -> None:
@@ -73,3 +80,4 @@ class _Work:
         except BaseException as error:
             message = f"decoder: {type(error).__name__}: {error}"
             self.failure = Failure(message=message, trace=traceback.format_exc())
+            self.decoded.put(None)

@@ -31,6 +31,8 @@ from vidgen.parallel.steps import Decode, Decoded
 from vidgen.parallel.topology import Lanes, Topology, balanced, by_hand
 
 POLL_EVERY_S = 0.2
+POLLS = "polls"  # a concurrency group of the decoder's
+ANSWER_S = 0.02  # between the end of a decoder's waiting and its answer's being here
 BLAME_WITHIN_S = 2.0  # after a first failure: how long the true cause may take to show
 
 
@@ -188,21 +190,24 @@ class Gang:
         return True
 
     def look(self, *, stop: bool = False, committed_blocks: int = 0, timeout_s: float = POLL_EVERY_S) -> News:
-        """Poll everybody, wait `timeout_s` for answers, and collect them. GangFailed, see the module."""
+        """Poll everybody, and collect what they answer: until a block is decoded, or for `timeout_s`.
+
+        GangFailed, see the module.
+        """
         for member in self.members:
             if member.pending is None and member.lost is None:
-                asked = (
-                    {} if member.index == DECODER else {"stop": stop, "committed_blocks": committed_blocks}
-                )
-                member.pending, member.asked_s = member.actor.poll.remote(**asked), time.monotonic()
+                member.asked_s = time.monotonic()
+                if member.index == DECODER:
+                    polls = member.actor.poll.options(concurrency_group=POLLS)  # beside its other calls
+                    member.pending = polls.remote(wait_s=max(0.0, timeout_s - ANSWER_S))
+                else:
+                    member.pending = member.actor.poll.remote(stop=stop, committed_blocks=committed_blocks)
         news = News()
-        start = time.monotonic()
         self._collect(news, timeout_s)
         failed = self._failed()
         if failed:
             raise GangFailed(self._blame(news))
         self._complete_states(news)
-        time.sleep(max(0.0, timeout_s - (time.monotonic() - start)))
         return news
 
     def pids(self) -> dict[int, int]:
@@ -260,7 +265,9 @@ class Gang:
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
             return {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "scheduling_strategy": where}
 
-        decoder = ray.remote(DecoderActor).options(**options(needs.num_ranks, 0)).remote()
+        remote: Any = ray.remote  # whose types know only the plain form
+        decoder = remote(concurrency_groups={POLLS: 1})(DecoderActor)
+        decoder = decoder.options(**options(needs.num_ranks, 0)).remote()
         self.members = [
             Member(index, ray.remote(RankActor).options(**options(index, gpus)).remote(index, decoder))
             for index in range(needs.num_ranks)

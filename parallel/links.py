@@ -1,7 +1,7 @@
 """Which kind of link two ranks get: shared memory on one node, gloo between nodes, NCCL between GPUs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from vidgen.parallel.torch_links import (
     Groups,
     NcclIncoming,
     NcclOutgoing,
+    word_of,
 )
-from vidgen.parallel.transport import Incoming, InProcessLink, MessageLayout, Outgoing, TransportError
+from vidgen.parallel.transport import Incoming, InProcessLink, MessageLayout, Outgoing
 
 DEPTHS = (2, 8)  # fewest and most buffers at either end of a link; more of them even out a busy machine
 DEPTH_BYTES = 64 * 2**20  # that one end may take beyond the fewest
@@ -41,11 +42,14 @@ class Ways:
     shapes: Shapes  # of the lane's messages
     links: Links
     lane: Lane
+    exchanges: tuple[Exchange, ...]  # the lane's
     lead: Lead | None = None  # of a first stage
 
     def close(self) -> None:
         """Give back what the operating system lent."""
         self.links.close()
+        for exchange in self.exchanges:
+            exchange.close()
 
 
 def open_ways(
@@ -62,7 +66,17 @@ def open_ways(
     TransportError when another one is not there in time.
     """
     whole = Shapes.of(task)
-    lane = open_lane(stage, task, whole.tokens_per_frame, device, timeout_s)
+    exchanges: list[Exchange] = []
+
+    def exchange(axis: Axis) -> Exchange:
+        opened = open_exchange(
+            stage.rank, stage.peers(axis), tag=TAGS[axis], timeout_s=timeout_s, device=device,
+            store=groups.store if may_share else None,
+        )  # fmt: skip
+        exchanges.append(opened)
+        return opened
+
+    lane = open_lane(stage, task, whole.tokens_per_frame, exchange)
     tokens = range(whole.tokens_per_frame)
     if lane.sequence is not None:
         tokens = tokens[lane.sequence.tokens]
@@ -72,20 +86,14 @@ def open_ways(
         shapes=shapes,
         links=open_links(stage, groups, layouts, device, timeout_s, may_share=may_share),
         lane=lane,
+        exchanges=tuple(exchanges),
         lead=_lead(stage, default_in_flight(stage.num_stages, link_depth(layouts[0])), timeout_s),
     )
 
 
-def open_lane(
-    stage: Stage, task: Task, tokens_per_frame: int, device: torch.device, timeout_s: float
-) -> Lane:
+def open_lane(stage: Stage, task: Task, tokens_per_frame: int, exchange: Callable[[Axis], Exchange]) -> Lane:
     """What a rank shares with those that hold the same layers in other lanes."""
     lanes = stage.lanes
-
-    def exchange(axis: Axis) -> Exchange:
-        ranks = stage.peers(axis)
-        return open_exchange(stage.rank, ranks, tag=TAGS[axis], timeout_s=timeout_s, device=device)
-
     sequence = clips = None
     if task.clips is not None:
         clips = SplitClips(ClipAttention(task.clips, task.model.config, stage.layers), exchange("clip"))
@@ -165,24 +173,15 @@ def _on_cpu(
     outgoing: Outgoing
     try:
         outgoing = SharedOutgoing(
-            out_layout, _word(groups, f"offer/{out['peer']}", rank, out["peer"], timeout_s), **out
+            out_layout, word_of(groups.store, f"offer/{out['peer']}", rank, out["peer"], timeout_s), **out
         )
         groups.store.set(f"answer/{rank}", "shared")
     except OSError:  # another node: there is no such process here
         outgoing = GlooOutgoing(out_layout, tag=out_tag, **out)
         groups.store.set(f"answer/{rank}", "gloo")
     incoming: Incoming = offered
-    if _word(groups, f"answer/{into['peer']}", rank, into["peer"], timeout_s) == "shared":
+    if word_of(groups.store, f"answer/{into['peer']}", rank, into["peer"], timeout_s) == "shared":
         offered.begin()
     else:
         incoming = GlooIncoming(in_layout, tag=in_tag, **into)
     return Links(incoming, outgoing)
-
-
-def _word(groups: Groups, key: str, rank: int, peer: int, timeout_s: float) -> str:
-    """What another rank has left under the key."""
-    try:
-        groups.store.wait([key], timedelta(seconds=timeout_s))
-        return groups.store.get(key).decode()
-    except RuntimeError as error:
-        raise TransportError(f"rank {rank}: rank {peer} did not open its links", peer) from error

@@ -44,7 +44,7 @@ class SharedIncoming:
 
     def offer(self) -> str:
         """What the sender needs to open its end."""
-        return f"{_processes()} {os.getpid()} {self._memory} {self._ready_in} {self._free_out}"
+        return f"{processes_seen()} {os.getpid()} {self._memory} {self._ready_in} {self._free_out}"
 
     def begin(self) -> None:
         """The sender has opened its ends: ours of the same are closed, so that its death is seen."""
@@ -77,7 +77,7 @@ class SharedOutgoing:
     ) -> None:
         self.layout, self.rank, self.peer, self.timeout_s = layout, rank, peer, timeout_s
         processes, pid, memory, ready, free = offer.split()
-        if processes != _processes():
+        if processes != processes_seen():
             raise ProcessLookupError(f"rank {peer} runs where rank {rank} does not see its process")
         descriptor = os.open(f"/proc/{pid}/fd/{memory}", os.O_RDWR)
         self._buffers = _map(descriptor, layout, depth)
@@ -110,7 +110,7 @@ class SharedOutgoing:
             )
 
 
-def _processes() -> str:
+def processes_seen() -> str:
     """What tells whose process numbers these are: the running kernel and the namespace."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 

@@ -92,6 +92,15 @@ def connect(
         ) from error
 
 
+def word_of(store: dist.Store, key: str, rank: int, peer: int, timeout_s: float) -> str:
+    """What another rank has left under the key. TransportError when it does not in time."""
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+        return store.get(key).decode()
+    except RuntimeError as error:
+        raise TransportError(f"rank {rank}: rank {peer} did not open its links", peer) from error
+
+
 def disconnect() -> None:
     """Leave the others."""
     if dist.is_initialized():

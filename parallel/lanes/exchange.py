@@ -29,13 +29,17 @@ class Wire(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back what the operating system lent."""
+        ...
+
 
 class Exchange:
     """A member's end. `index` is its own number among `size` members; a size of 1 sends nothing."""
 
     def __init__(self, index: int, size: int, wire: Wire | None) -> None:
         assert 0 <= index < size and (wire is not None or size == 1)
-        self.index, self.size, self._wire = index, size, wire
+        self.index, self.size, self.wire = index, size, wire
         self.bytes_sent = 0
 
     def swap(self, parts: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
@@ -86,6 +90,11 @@ class Exchange:
 
         return taken
 
+    def close(self) -> None:
+        """Give back what the operating system lent."""
+        if self.wire is not None:
+            self.wire.close()
+
     def _others(self) -> list[int]:
         return [peer for peer in range(self.size) if peer != self.index]
 
@@ -94,10 +103,10 @@ class Exchange:
             {peer: buffer for peer, buffer in buffers.items() if buffer.numel()}
             for buffers in (outgoing, incoming)
         )
-        if self._wire is None or not (outgoing or incoming):
+        if self.wire is None or not (outgoing or incoming):
             return lambda: None
         self.bytes_sent += sum(buffer.nbytes for buffer in outgoing.values())
-        return self._wire.begin(outgoing, incoming)
+        return self.wire.begin(outgoing, incoming)
 
 
 class _Queues:
@@ -113,6 +122,9 @@ class _Queues:
         for peer, buffer in outgoing.items():
             self.queues[self.index, peer].put(buffer.clone())
         return lambda: self._take(incoming)
+
+    def close(self) -> None:
+        pass
 
     def _take(self, incoming: Mapping[int, Tensor]) -> None:
         end = time.monotonic() + self.timeout_s

@@ -1,4 +1,4 @@
-"""Exchanges over torch.distributed: gloo between CPUs; between GPUs NCCL, after a word by gloo."""
+"""Exchanges: shared memory on one node, gloo between CPUs; between GPUs NCCL, after a word by gloo."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vidgen.parallel.lanes.exchange import Exchange
+from vidgen.parallel.lanes.shared_exchange import open_shared_wire
 from vidgen.parallel.topology import AXES, Axis
 from vidgen.parallel.torch_links import BACK_TAG, FORWARD_TAG, lost, naming, world
 from vidgen.parallel.transport import late
@@ -21,15 +22,21 @@ LEAST_WAIT_S = 0.001  # gloo takes 0 for no limit
 
 
 def open_exchange(
-    rank: int, ranks: Sequence[int], *, tag: int, timeout_s: float, device: torch.device
-) -> Exchange:
+    rank: int, ranks: Sequence[int], *, tag: int, timeout_s: float, device: torch.device,
+    store: dist.Store | None = None,
+) -> Exchange:  # fmt: skip
     """A rank's end of an exchange between `ranks`, in the order of these; `connect` comes before.
 
     Between two ranks no two exchanges may have one tag. On GPUs all of them must call this at the same time.
+    Without a store to find each other by, memory is not shared.
     """
     index = ranks.index(rank)
     if len(ranks) == 1:
         return Exchange(index, 1, None)
+    if device.type != "cuda" and store is not None:
+        shared = open_shared_wire(rank, ranks, store, tag=tag, timeout_s=timeout_s)
+        if shared is not None:
+            return Exchange(index, len(ranks), shared)
     wire = GlooWire(rank, ranks, tag=tag, timeout_s=timeout_s)
     if device.type != "cuda":
         return Exchange(index, len(ranks), wire)
@@ -61,6 +68,9 @@ class GlooWire:
                 self._wait(handle, peer, what, end - time.monotonic())
 
         return wait
+
+    def close(self) -> None:
+        pass  # see torch_links.disconnect
 
     def _wait(self, handle: dist.Work, peer: int, what: str, left_s: float) -> None:
         try:
@@ -103,3 +113,6 @@ class NcclWire:
             operations.clear()  # which hold the memory that was in use until now
 
         return wait
+
+    def close(self) -> None:
+        pass  # see torch_links.disconnect

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -202,3 +204,16 @@ def test_a_part_that_the_file_has_not_is_refused_in_one_line(tiny_checkpoint: Pa
     (stage,) = Topology((3,)).stages()
     with pytest.raises(ValueError, match=r"^[^\n]*unet\.[^\n]* is missing[^\n]*$"):
         place(PartWeights(tiny_checkpoint, "unet"), DiTConfig(**TINY), stage, CPU)
+
+
+def test_neither_sympy_nor_torchs_compiler_is_imported_to_place_a_stage():
+    code = (
+        "import sys, torch; from vidgen.builtin import BUILTIN_PATH, load_small\n"
+        "from vidgen.model.loading import PartWeights; from vidgen.parallel.place import place\n"
+        "from vidgen.parallel.topology import Stage\n"
+        "config = load_small(with_dit=False).dit.config\n"
+        "place(PartWeights(BUILTIN_PATH, 'dit'), config, Stage(1, 2, range(3, 6)), torch.device('cpu'))\n"
+        "print([name for name in ('sympy', 'torch._dynamo') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

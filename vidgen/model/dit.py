@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +133,18 @@ class DiT(nn.Module):
             self.register_buffer("variance", torch.ones(config.latent_channels))
         if config.dtype != "fp32":
             cast(self, config.dtype)
+        self._sort_weights()
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """On the device, without values; as Module does it torch would import sympy, half a second."""
+        self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), recurse=recurse)
+        self._sort_weights()
+        return self
+
+    def _sort_weights(self) -> None:
+        """Those of the projection as its input lies: oneDNN would sort them anew in each call."""
+        if self.config.convolutions and hasattr(self, "patch_out") and not self.patch_out.weight.is_meta:
+            self.patch_out.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(
         self,

@@ -215,10 +215,11 @@ class FeedForward(nn.Module):
 def random_rows(count: int, width: int) -> nn.Parameter:
     """[count, width], each row about as long as 1.
 
-    Nothing is worked out on the meta device: torch imports its compiler for that, a second and 100 MiB.
+    Nothing is drawn or worked out on the meta device: for the one torch imports sympy, for the other its
+    compiler, a second and 100 MiB.
     """
-    rows = torch.randn(count, width)
-    return nn.Parameter(rows if rows.is_meta else rows / math.sqrt(width))
+    rows = torch.empty(count, width)
+    return nn.Parameter(rows if rows.is_meta else rows.normal_() / math.sqrt(width))
 
 
 class Block(nn.Module):
