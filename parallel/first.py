@@ -17,7 +17,16 @@ from torch import Tensor
 from vidgen.conditioning.prompts import BlockTexts, PromptChange
 from vidgen.denoise.attending import Attending
 from vidgen.denoise.lending import Lent
-from vidgen.denoise.loop import BlockState, FinishedBlock, LoopState, Task, Window, make_window, take_steps
+from vidgen.denoise.loop import (
+    BlockState,
+    FinishedBlock,
+    LoopState,
+    Task,
+    Window,
+    make_window,
+    region_of,
+    take_steps,
+)
 from vidgen.denoise.skipping import decide, share_skipped, skips_forwards
 from vidgen.denoise.timetable import Forward
 from vidgen.kernels.attention.api import attention_backend
@@ -183,7 +192,13 @@ class FirstStage(StageRun):
     def _compute(self, item: Header, started: InFlight, text: Tensor) -> tuple[Tensor, ...]:
         latents, _ = started.window.repeated(text.shape[0])
         shared = self.task.conditioning(item.step, started.window.levels, text)
-        tokens = self.lane.cut(self.model_at(item).embed(latents))
+        tokens = self.model_at(item).embed(latents)
+        region = region_of(started.decision, started.window)
+        if region is not None:
+            before = started.window.frames_before
+            tokens, shared = region.cut(tokens[:, before:]), shared.frames(before)
+            return self.run_layers(item, tokens, shared, started.forward, region)
+        tokens = self.lane.cut(tokens)
         noise, noise6 = (self.lane.cut_frames(rows) for rows in (shared.noise_BFD, shared.noise_BF6D))
         return self.run_layers(item, tokens, Conditioning(noise, noise6, shared.text_BND), started.forward)
 

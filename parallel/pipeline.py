@@ -19,6 +19,7 @@ from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.dit import Conditioning, DiT
+from vidgen.model.region import Region
 from vidgen.parallel.lanes.lane import ALONE, Lane
 from vidgen.parallel.shapes import Shapes, frames_before, own_frames
 from vidgen.parallel.topology import Stage
@@ -112,11 +113,13 @@ class StageRun:
         return bool(self.state_every) and (tick + 1) % self.state_every == 0
 
     def run_layers(
-        self, item: Header, tokens: Tensor, conditioning: Conditioning, forward: Forward
-    ) -> tuple[Tensor, ...]:
+        self, item: Header, tokens: Tensor, conditioning: Conditioning, forward: Forward,
+        region: Region | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """What goes on from here: the tokens after this stage's layers, or after the last the projection.
 
-        What the forward lends of the layers is kept.
+        What the forward lends of the layers is kept. Tokens and conditioning are of the `region`, where only
+        some tokens run.
         """
         before, own = frames_before(forward), own_frames(self.timetable, forward)
         grid, context = self.shapes.grid(before + own), self.lending.context(item.run)
@@ -125,15 +128,24 @@ class StageRun:
         with attention_backend(self.backend):
             tokens, lent = self.model_at(item).run_layers(
                 tokens, conditioning, grid, context, attends, lends=self.lending.is_lending,
-                part=self.lane.part,
+                part=self.lane.part, region=region,
             )  # fmt: skip
         self.lending.keep(lent, before)
         noise = conditioning.noise_BFD
         if not self.stage.is_last:
-            return tokens, noise, conditioning.noise_BF6D, conditioning.text_BND
-        tokens = self.lane.whole_frames(tokens[:, before:])
-        out = self.model_at(item).project(tokens, noise[:, before:], self.shapes.grid(tokens.shape[1]))
+            shared = noise, conditioning.noise_BF6D, conditioning.text_BND
+            return tokens, *shared, *self._chosen(tokens, region)
+        if region is None:
+            tokens, noise = self.lane.whole_frames(tokens[:, before:]), noise[:, before:]
+        out = self.model_at(item).project(tokens, noise, self.shapes.grid(tokens.shape[1]))
         return (self.lane.all_frames(out, tokens.shape[0]),)
+
+    def _chosen(self, tokens: Tensor, region: Region | None) -> tuple[Tensor, ...]:
+        """What tells the next stage which tokens run, where a step cache may leave out some."""
+        if self.shapes.regions is None:
+            return ()
+        nothing = tokens.new_zeros(0, self.shapes.tokens)
+        return (nothing if region is None else region.active_FS.to(tokens.dtype),)
 
     def end_tick(self, tick: int) -> None:
         """What this tick's forwards leave for later ones becomes visible."""
@@ -223,10 +235,15 @@ class LaterStage(StageRun):
         return Kind.WORK
 
     def _compute(self, item: Header, forward: Forward, buffer: Tensor) -> tuple[Tensor, ...]:
-        frames = frames_before(forward) + own_frames(self.timetable, forward)
-        shapes = self.shapes.window(self.lane.num_frames(frames))
-        tokens, *shared = self.links.incoming.layout.read(buffer, shapes)
-        return self.run_layers(item, tokens, Conditioning(*shared), forward)
+        before, own = frames_before(forward), own_frames(self.timetable, forward)
+        regions, layout = self.shapes.regions, self.links.incoming.layout
+        if regions is not None and regions.only_some(item.block, item.step):
+            tokens, *shared, active_FS = layout.read(buffer, self.shapes.region(own))
+            region = Region.of(active_FS, before)
+            return self.run_layers(item, tokens, Conditioning(*shared), forward, region)
+        shapes = self.shapes.window(self.lane.num_frames(before + own))
+        tokens, noise, noise6, text, *_ = layout.read(buffer, shapes)
+        return self.run_layers(item, tokens, Conditioning(noise, noise6, text), forward)
 
     def _pass_on(self, header: Header) -> None:
         if not self.stage.is_last:

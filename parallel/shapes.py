@@ -6,6 +6,7 @@ from math import prod
 import torch
 
 from vidgen.denoise.loop import Task
+from vidgen.denoise.skipping import Regions, regions_of
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.model.dit import Grid
 from vidgen.parallel.transport import MessageLayout
@@ -26,6 +27,7 @@ class Shapes:
     text_tokens: int
     out_channels: int
     dtype: torch.dtype
+    regions: Regions | None = None  # of a step cache that leaves out tokens
 
     @classmethod
     def of(cls, task: Task) -> "Shapes":
@@ -44,6 +46,7 @@ class Shapes:
             text_tokens=text.shape[1] + task.model.config.image_tokens,
             out_channels=task.model.out_channels,
             dtype=task.model.dtype,
+            regions=regions_of(task),
         )
 
     @property
@@ -60,13 +63,25 @@ class Shapes:
         return frames, self.rows, self.columns
 
     def window(self, frames: int) -> tuple[tuple[int, ...], ...]:
-        """Tokens, noise conditioning for the head and for the layers, text: what goes to the next stage."""
-        return (
-            (self.batch, frames, self.tokens, self.width),
+        """Tokens, noise conditioning for the head and for the layers, text: what goes to the next stage.
+
+        Where a step cache may leave out tokens, last which ones run: nothing here, where all do.
+        """
+        return self._window(frames, self.tokens, 0)
+
+    def region(self, frames: int) -> tuple[tuple[int, ...], ...]:
+        """The same, of own frames of which only some tokens run."""
+        assert self.regions is not None
+        return self._window(frames, self.regions.count(self.tokens), frames)
+
+    def _window(self, frames: int, tokens: int, chosen_frames: int) -> tuple[tuple[int, ...], ...]:
+        shapes = (
+            (self.batch, frames, tokens, self.width),
             (self.batch, frames, self.width),
             (self.batch, frames, 6, self.width),
             (self.batch, self.text_tokens, self.width),
         )
+        return shapes if self.regions is None else (*shapes, (chosen_frames, self.tokens))
 
     def result(self, frames: int) -> tuple[tuple[int, ...], ...]:
         """The projection of a window's own frames: what goes back to the first stage."""
@@ -75,9 +90,12 @@ class Shapes:
     def layouts(self, timetable: Timetable) -> tuple[MessageLayout, MessageLayout]:
         """(from stage to stage, from the last to the first), with room for the longest window."""
         own, whole = longest_window(timetable)
+        window = (
+            self.window(whole) if self.regions is None else (*self.window(whole)[:-1], (own, self.tokens))
+        )
         forward, back = (
             MessageLayout(tuple(prod(shape) for shape in shapes), self.dtype)
-            for shapes in (self.window(whole), self.result(own))
+            for shapes in (window, self.result(own))
         )
         return forward, back
 

@@ -53,6 +53,8 @@ def memory_bytes(
     if job.cache.skips_layers:  # changes of all tokens, and of lending blocks their keys and values
         copies = 3 if context or timetable.anchor_frames else 1
         lent += live * branches * dit.num_layers * frames * tokens * copies * dit.width
+    if job.cache.skips_tokens:  # keys and values of whole windows, the last tokens
+        lent += live * branches * (2 * dit.num_layers * frames + own) * tokens * dit.width
     latents = (live * (2 if is_onetime else 1) + 3) * own * dit.latent_channels * rows * columns
     pixels = own * strides[0] * job.height * job.width * 3
     floats = hidden + lent + latents + pixels * PIXEL_COPIES

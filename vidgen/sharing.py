@@ -60,7 +60,7 @@ def check_lanes(task: Task, lanes: Lanes) -> None:
             f"clip={lanes.clip}: the video has {task.clips.num_clips} clips of {task.clips.clip_frames} "
             f"latent frames; take clip=1 to {task.clips.num_clips}, or a smaller block_frames"
         )
-    if lanes.sequence > 1 and task.cache is not None and task.cache.settings.skips_layers:
+    if lanes.sequence > 1 and task.cache is not None and not task.cache.settings.skips_forwards:
         raise ValueError(
             f"cache={task.cache.settings.method} with ulysses={lanes.ulysses}, ring={lanes.ring}: keeps "
             "whole frames; take layers on more ranks instead, or cache=taylor"

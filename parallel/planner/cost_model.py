@@ -84,6 +84,9 @@ class CostModel:
             joined = self.batch * (item.window + item.context) * share(tokens, lanes.sequence)
             linear_s += hardware.joining.seconds_of(joined * dit.width)
         num_calls, queries, keys = self.calls(item)
+        if self.clips is not None:  # each clip's keys are put together, some of them turned
+            seen = self.batch * keys * share(tokens, lanes.sequence)
+            linear_s += num_calls * hardware.joining.seconds_of(seen * dit.width)
         of_ring = share(tokens, lanes.ring)
         one_call = attention_flops(self._heads * dit.width, queries * of_ring, keys * of_ring)
         round_s = hardware.attention_rate(dit.dtype).seconds_of(one_call) * num_calls

@@ -24,6 +24,7 @@ SKIPPING: dict[str, dict[str, Any]] = {
     "mag": {"threshold": 0.1, "magnitudes": CURVE},
     "first_block": {"threshold": 0.8},
     "delta": {"layers": 0.5},
+    "region": {"ratio": 0.5},
 }
 
 
@@ -74,9 +75,9 @@ def make_task(dit: DiT, other: DiT) -> Callable[..., Task]:
     """A task, its cache by name and settings; without a name it has none."""
 
     def make_task(timetable: Any, method: str | None = None, *, guidance_scale: float = 2.0,
-                  options: dict[str, Any] | None = None, **settings: Any) -> Task:  # fmt: skip
+                  seed: int = 5, options: dict[str, Any] | None = None, **settings: Any) -> Task:  # fmt: skip
         single = replace(timetable, switch_step=None)
-        task = denoise_tests.make_task(single, model=dit, guidance_scale=guidance_scale)
+        task = denoise_tests.make_task(single, model=dit, guidance_scale=guidance_scale, seed=seed)
         second = {} if timetable.switch_step is None else {"timetable": timetable, "second_model": other}
         return replace(task, cache=cache(method, **settings) if method else None, **second, **(options or {}))
 

@@ -1,30 +1,35 @@
 """A profile of this machine for the planner: its rates, measured with the parts that a render is made of.
 
 Work on a CPU is timed by the CPU time of its thread, where there is one: others at work on the machine then
-count for little. How much ranks slow each other down is measured apart.
+count for little. How much ranks slow each other down is measured apart. On a GPU nothing else may be at work;
+between GPUs nothing is measured, but gloo between processes of the node.
 """
 
 import datetime
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from vidgen.bench.books import books_s
+from vidgen.bench.busy import measured_busy
+from vidgen.bench.items import random_model, run_of
 from vidgen.bench.machine import machine_facts
 from vidgen.bench.output_rates import ENOUGH_S, FRAMES, Clock, decode_rate, latents_of, rate, write_rate
 from vidgen.bench.passes import middle
+from vidgen.bench.random_wan import Sizes, make_hollow_wan
 from vidgen.bench.rendering import PROMPT
-from vidgen.bench.two_ranks import link_rates, measured_busy, process_bytes
+from vidgen.bench.two_ranks import gpu_process_bytes, link_rates, process_bytes
 from vidgen.config import parse_job
 from vidgen.denoise.loop import make_window, take_step
 from vidgen.engine import Engine
+from vidgen.known_sizes import KNOWN
 from vidgen.limits import available_memory_bytes
-from vidgen.model.context import Context, KeyValue
-from vidgen.model.dit import Conditioning, DiT
-from vidgen.parallel.place import strip
 from vidgen.parallel.planner.hardware import Hardware, LinkRate, Rate
 from vidgen.parallel.planner.work import (
     attention_flops,
@@ -33,66 +38,93 @@ from vidgen.parallel.planner.work import (
     linear_flops,
     out_channels,
 )
-from vidgen.parallel.topology import Stage
 from vidgen.planning import Plan
 from vidgen.sections import MAX_RANKS
 
 # B batch, F latent frames, S tokens per frame, D width, N text tokens, H heads
 
 MOST_LAYERS = 8  # of a model that is timed: as many as it has, so that caches are as full as in a render
-PASSES = 3
+PASSES = 3  # on a CPU
+VAE_WIDTH = 96  # of Wan's
+AMONG_LAYERS, AMONG_FRAMES = 2, 8  # of the work that comes before what is timed
 PARTS = (4, 2)  # of one frame's tokens, for ranks that share them
 
 
 @torch.inference_mode()
-def calibrate(model: str = "builtin", device: str | None = None, passes: int = PASSES) -> Hardware:
+def calibrate(model: str = "builtin", device: str | None = None, passes: int | None = None) -> Hardware:
     """The profile of this machine for a model; it fits models of other sizes less well.
 
-    Everything is measured in several passes, and the middle counts: a machine has slow minutes.
+    `wan-1.3b` and the like need no checkpoint. Everything is measured in several passes, and the middle
+    counts: a machine has slow minutes. A GPU has none, and one pass is enough.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    engine = Engine.from_pretrained(model, with_dit=False)
-    plan = engine.plan(parse_job({"model": model, "prompt": PROMPT, "queue": {"timetable": "full"}}))
-    threads, before = plan.job.threads or 1, torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return middle([_measured(engine, plan, Clock(device, threads), threads) for _ in range(passes)])
-    finally:
-        torch.set_num_threads(before)
+    held = gpu_process_bytes() if device == "cuda" else process_bytes()  # before anything of the model
+    passes = passes or (PASSES if device == "cpu" else 1)
+    with _checkpoint(model) as place:
+        engine = Engine.from_pretrained(place, with_dit=False)
+        plan = engine.plan(parse_job({"model": place, "prompt": PROMPT, "queue": {"timetable": "full"}}))
+        threads, before = plan.job.threads or 1, torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found = [_measured(engine, plan, Clock(device, threads), threads) for _ in range(passes)]
+        finally:
+            torch.set_num_threads(before)
+    source = f"vidgen bench calibrate of {model}, torch {torch.__version__}, {threads} threads a rank"
+    gloo = "between_nodes is" if device == "cpu" else "link, exchange and between_nodes are"
+    source = f"{source}, {datetime.date.today()}; {gloo} gloo on this node"
+    return replace(middle(found), source=source, process_bytes=held)
+
+
+@contextmanager
+def _checkpoint(model: str) -> Iterator[str]:
+    """Where the model is; one that is known by its sizes is made, with random weights."""
+    if model not in KNOWN:
+        yield model
+        return
+    dit = KNOWN[model].dit
+    sizes = Sizes(
+        num_heads=dit.num_heads, head_dim=dit.width // dit.num_heads, num_layers=dit.num_layers,
+        ffn_width=dit.ffn_width, text_width=dit.text_width, num_frequencies=dit.num_frequencies,
+        vae_width=VAE_WIDTH,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(make_hollow_wan(Path(folder), sizes))
 
 
 def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardware:
     device, cores = clock.device, os.cpu_count() or 1
     config = engine.config
+    tokens, text = _tokens_per_frame(plan), _num_text_tokens(plan)
+    small = random_model(config, min(config.num_layers, AMONG_LAYERS), device)
+    clock = clock.among(run_of(small, AMONG_FRAMES, tokens, text))
     layers, attention, run_s = _layers(plan, clock)
     decode, write = decode_rate(engine, plan, clock), write_rate(plan)
-    shared, gloo = link_rates()
+    shared, swapped, gloo = link_rates()
+    solver = _solver(plan, clock)
+    books = books_s(engine, plan.job.model, solver) if device == "cpu" else shared.latency_s
     facts = machine_facts()
-    return Hardware(
+    measured = Hardware(
         name=facts["gpu"] if device == "cuda" else f"{cores} cores of {facts['cpu']}",
-        source=f"vidgen bench calibrate of {plan.job.model}, torch {torch.__version__}, {threads} threads a "
-        f"rank, {datetime.date.today()}; between_nodes is gloo on this node",
+        source="",
         measured=True,
-        memory_bytes=torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory_bytes(),
+        memory_bytes=torch.cuda.mem_get_info()[1] if device == "cuda" else available_memory_bytes(),
         shares_memory=device == "cpu",
         ranks_per_node=torch.cuda.device_count() if device == "cuda" else MAX_RANKS,
-        process_bytes=process_bytes(),
+        process_bytes=0,
         layers={config.dtype: layers},
         attention={config.dtype: attention},
         joining=_joining(plan, clock),
         ends=_ends(plan, clock),
-        solver=_solver(plan, clock),
-        item_s=run_s + shared.latency_s,
+        solver=solver,
+        item_s=run_s + books,
         link=gloo if device == "cuda" else shared,
-        exchange=gloo,
+        exchange=gloo if device == "cuda" else swapped,
         between_nodes=LinkRate(gloo.latency_s, gloo.bytes_per_s),
-        decode=decode,
+        decode=decode_rate(engine, plan, clock, is_apart=True) if device == "cuda" else decode,
         decode_alone=decode,
         write=write,
-        busy=()
-        if device == "cuda"
-        else measured_busy(cores, config.width, config.ffn_width, _tokens_per_frame(plan)),
     )
+    return measured if device == "cuda" else replace(measured, busy=measured_busy(measured, cores))
 
 
 def _layers(plan: Plan, clock: Clock) -> tuple[Rate, Rate, float]:
@@ -100,20 +132,20 @@ def _layers(plan: Plan, clock: Clock) -> tuple[Rate, Rate, float]:
 
     Attention is what a run takes more with it: among layers, with cold caches, as in a render.
     """
-    config, tokens = plan.task.model.config, _tokens_per_frame(plan)
+    config, tokens, text = plan.task.model.config, _tokens_per_frame(plan), _num_text_tokens(plan)
     count = max(2, min(config.num_layers, MOST_LAYERS))
-    one, many = (_random(config, layers, clock.device) for layers in (1, count))
+    one, many = (random_model(config, layers, clock.device) for layers in (1, count))
     layers, attentions, overheads = [], [], []
     grids = [(1, max(1, tokens // part)) for part in PARTS] + [(frames, tokens) for frames in FRAMES]
     for frames, per_frame in grids:
         runs = (
-            _run(plan, one, frames, per_frame),
-            _run(plan, many, frames, per_frame),
-            _run(plan, many, frames, per_frame, attends=True),
+            run_of(one, frames, per_frame, text, attends=False),
+            run_of(many, frames, per_frame, text, attends=False),
+            run_of(many, frames, per_frame, text),
         )
         of_one, of_many, attending = clock.seconds_of_each(runs)
         layer_s, length = max(1e-9, (of_many - of_one) / (count - 1)), frames * per_frame
-        layers.append((linear_flops(config, length, _num_text_tokens(plan)), layer_s))
+        layers.append((linear_flops(config, length, text), layer_s))
         attentions.append(
             (attention_flops(config.width, length, length), max(1e-9, (attending - of_many) / count))
         )
@@ -123,34 +155,17 @@ def _layers(plan: Plan, clock: Clock) -> tuple[Rate, Rate, float]:
     return rate(layers), rate(attentions), float(np.median(overheads))
 
 
-def _run(
-    plan: Plan, model: DiT, frames: int, per_frame: int, others: int = 0, *, attends: bool = False
-) -> Callable[[], object]:
-    """A run of a model's layers, without their self-attention unless it `attends`.
-
-    With keys of `others` frames to join.
-    """
-    config, like = model.config, {"device": model.device, "dtype": model.dtype}
-    x_BFSD = torch.randn(1, frames, per_frame, config.width, **like)
-    noise = torch.randn(1, frames, config.width, **like)
-    text = torch.randn(1, _num_text_tokens(plan), config.width, **like)
-    shared = Conditioning(noise, noise.unsqueeze(2).expand(-1, -1, 6, -1).contiguous(), text)
-    heads = config.num_heads, config.width // config.num_heads
-    kv = KeyValue(*(torch.randn(1, others, per_frame, *heads, **like) for _ in range(2)))
-    context = Context(after=(kv,) * len(model.layers)) if others else Context()
-    skips = [lambda query, key, value: query] * len(model.layers)
-    grid = frames, per_frame, 1
-    return lambda: model.run_layers(x_BFSD, shared, grid, context, None if attends else skips, lends=False)
-
-
 def _joining(plan: Plan, clock: Clock) -> Rate:
     """What a layer takes more for keys of other blocks, by numbers of all its keys."""
-    config, tokens, points = plan.task.model.config, _tokens_per_frame(plan), []
+    config, tokens, text = plan.task.model.config, _tokens_per_frame(plan), _num_text_tokens(plan)
+    points = []
     count = max(1, min(config.num_layers, MOST_LAYERS))
-    model = _random(config, count, clock.device)
+    model = random_model(config, count, clock.device)
     for frames in FRAMES[1:7]:
         others = frames // 2
-        without, joined = clock.seconds_of_each([_run(plan, model, frames, tokens, n) for n in (0, others)])
+        without, joined = clock.seconds_of_each(
+            [run_of(model, frames, tokens, text, n, attends=False) for n in (0, others)]
+        )
         points.append(((frames + others) * tokens * config.width, max(1e-9, (joined - without) / count)))
         if joined > ENOUGH_S:
             break
@@ -160,7 +175,7 @@ def _joining(plan: Plan, clock: Clock) -> Rate:
 def _ends(plan: Plan, clock: Clock) -> Rate:
     """Embedding and projection by FLOPs, the mean of both."""
     config, tokens = plan.task.model.config, _tokens_per_frame(plan)
-    model, points = _random(config, 1, clock.device), []
+    model, points = random_model(config, 1, clock.device), []
     for frames in FRAMES:
         latents = latents_of(plan, frames, clock.device)
         if config.condition_channels:
@@ -180,7 +195,7 @@ def _ends(plan: Plan, clock: Clock) -> Rate:
 def _solver(plan: Plan, clock: Clock) -> Rate:
     """A forward's window, velocities and step, by elements of its latents."""
     task, points = plan.task, []
-    model = _random(task.model.config, 1, clock.device)
+    model = random_model(task.model.config, 1, clock.device)
     for frames in FRAMES[:7]:
         timetable = replace(task.timetable, num_frames=frames, block_frames=frames)
         own_task = replace(
@@ -201,17 +216,6 @@ def _solver(plan: Plan, clock: Clock) -> Rate:
 
         points.append((latents.numel(), clock.seconds(step)))
     return rate(points)
-
-
-def _random(config: Any, num_layers: int, device: str) -> DiT:
-    """The model with so many layers of random weights."""
-    model = strip(replace(config, num_layers=num_layers), Stage(0, 1, range(num_layers))).to_empty(
-        device=device
-    )
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, device=device) * 0.02)
-    return model.eval().requires_grad_(False)
 
 
 def _num_text_tokens(plan: Plan) -> int:

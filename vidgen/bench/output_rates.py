@@ -25,11 +25,19 @@ FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Clock:
-    """Times work on a device: the median of several readings."""
+    """Times work on a device: the median of several readings.
 
-    def __init__(self, device: str, threads: int) -> None:
-        self.device = device
+    `between` is what a render does before such work; done before each reading, it leaves caches as full of
+    other things as they are then. Small work in a loop of its own takes half or a fourth of the time.
+    """
+
+    def __init__(self, device: str, threads: int, between: Callable[[], object] | None = None) -> None:
+        self.device, self.threads, self._between = device, threads, between
         self._now = time.thread_time if device == "cpu" and threads == 1 else time.perf_counter
+
+    def among(self, between: Callable[[], object]) -> "Clock":
+        """The same clock, for work that comes between other work."""
+        return Clock(self.device, self.threads, between)
 
     def seconds(self, action: Callable[[], object], readings: int = READINGS) -> float:
         """Of one call, after one that warms up. Work that takes long is read less often."""
@@ -45,6 +53,10 @@ class Clock:
         return [statistics.median(column) for column in zip(*readings, strict=True)]
 
     def _once(self, action: Callable[[], object]) -> float:
+        if self._between is not None:
+            self._between()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         start = self._now()
         action()
         if self.device == "cuda":
@@ -63,9 +75,9 @@ def rate(points: Sequence[tuple[float, float]]) -> Rate:
     return Rate(tuple(sizes), tuple(seconds))
 
 
-def decode_rate(engine: Engine, plan: Plan, clock: Clock) -> Rate:
-    """Decoding a block, by pixels of a frame times frames; on the CPU, where ranks have their decoder."""
-    decode, points = engine.decoder(), []
+def decode_rate(engine: Engine, plan: Plan, clock: Clock, *, is_apart: bool = False) -> Rate:
+    """Decoding a block, by pixels of a frame times frames; on the CPU if it `is_apart`, as ranks have it."""
+    decode, points = engine.family.load_decode()(None) if is_apart else engine.decoder(), []
     for frames in FRAMES[:7]:
         latents = latents_of(plan, frames, "cpu")
         taken = clock.seconds(lambda z=latents: decode(z), readings=3)

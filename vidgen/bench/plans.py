@@ -83,7 +83,7 @@ def bench_plans(
         if hardware is None:
             profiles.append(calibrate(passes=1))
         for case, found in zip(cases, readings, strict=True):
-            found.append(_in_own_process(case, num_frames, num_steps))
+            found.append(in_own_process(case, num_frames, num_steps))
     hardware = hardware or middle(profiles)
     return hardware, [
         _row(case, predict(hardware, case, num_frames, num_steps), found)
@@ -176,7 +176,8 @@ def render_once(case: PlanCase, num_frames: int, num_steps: int, folder: Path) -
     }
 
 
-def _in_own_process(case: PlanCase, num_frames: int, num_steps: int) -> dict[str, float]:
+def in_own_process(case: PlanCase, num_frames: int, num_steps: int) -> dict[str, float]:
+    """The same, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         said = {"ranks": case.ranks, "queue": case.queue, "lanes": case.lanes}
         command = [sys.executable, "-m", "vidgen.bench.plans", json.dumps(said), str(num_frames)]

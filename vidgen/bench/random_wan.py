@@ -3,7 +3,9 @@
 Every folder is what diffusers' `save_pretrained` of the family's pipeline writes; only the sizes are smaller.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -76,6 +78,27 @@ def make_wan(folder: Path, kind: Kind, *, sizes: Sizes = TINY, seed: int = 0) ->
     else:
         pipeline = WanPipeline(**parts, **settings)
     pipeline.save_pretrained(folder, max_shard_size=sizes.shard_bytes)
+    return folder
+
+
+def make_hollow_wan(folder: Path, sizes: Sizes) -> Path:
+    """A text-to-video checkpoint with all but the transformer's numbers: its file is a hole of their size.
+
+    For what reads names and shapes only. It takes no room on the disk, and no time.
+    """
+    make_wan(folder, "t2v", sizes=replace(sizes, num_layers=1))
+    with torch.device("meta"):
+        transformer = make_transformer("t2v", sizes)
+    transformer.save_config(folder / "transformer")
+    header, size = {}, 0
+    for name, tensor in transformer.state_dict().items():
+        end = size + 2 * prod(tensor.shape)
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [size, end]}
+        size = end
+    described = json.dumps(header).encode()
+    with (folder / "transformer" / "diffusion_pytorch_model.safetensors").open("wb") as file:
+        file.write(len(described).to_bytes(8, "little") + described)
+        file.truncate(8 + len(described) + size)
     return folder
 
 

@@ -1,10 +1,11 @@
-"""What processes of one machine do to each other: messages between two, and cores that several share."""
+"""Messages between two processes of one machine, and what a rank's process holds."""
 
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -13,25 +14,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vidgen.parallel.lanes.exchange import Exchange
+from vidgen.parallel.lanes.shared_exchange import open_shared_wire
 from vidgen.parallel.memory import peak_memory_bytes
 from vidgen.parallel.planner.hardware import LinkRate
 from vidgen.parallel.shared_links import SharedIncoming, SharedOutgoing
 from vidgen.parallel.transport import Header, Kind, MessageLayout
 
-SMALL, LARGE = 16, 2**20  # numbers of a message
+SMALL, LARGE = 64, 2**20  # numbers of a message
+LAYERS, ROW = 2**18, 32  # of a layer's exchange, and of what lies together in it
 ROUNDS = 40
 DEADLINE_S = 120.0
-TURNS, TURN_S = 10, 0.4
-FRAMES_OF_WORK, NUM_LAYERS = 16, 8  # a round's tokens and weights are more than a core's own cache
 ENDS = {"rank": 0, "peer": 1, "depth": 2, "timeout_s": DEADLINE_S}
 
 
-def link_rates() -> tuple[LinkRate, LinkRate]:
-    """(through shared memory, through gloo) between two processes of this machine."""
+def link_rates() -> tuple[LinkRate, LinkRate, LinkRate]:
+    """Between two processes of this machine: (of a link in shared memory, of an exchange there, of gloo)."""
     shared = _together(_shared_end, 2)[0]
     with tempfile.TemporaryDirectory() as folder:
+        swapped = _together(_swapping_end, 2, f"{folder}/swapped")[0]
         gloo = _together(_gloo_end, 2, f"file://{folder}/store")[0]
-    return _as_rate(*shared), _as_rate(*gloo)
+    return _as_rate(shared, LARGE), _as_rate(swapped, LAYERS), _as_rate(gloo, LARGE)
 
 
 def process_bytes() -> int:
@@ -39,25 +42,18 @@ def process_bytes() -> int:
     return _together(_memory, 1)[0]
 
 
-def measured_busy(cores: int, width: int, hidden: int, tokens: int) -> tuple[tuple[float, float], ...]:
-    """(processes at work, how much slower each is): by the clock up to the number of cores, shared beyond.
-
-    The work is what a model's layers are made of, at their sizes. Numbers of processes take turns, many
-    times: which cores share what may change from one second to the next where a machine is a virtual one.
-    """
-    counts = sorted({1, min(2, cores), cores})
-    found = _together(_work, cores, counts, width, hidden, tokens)
-    taken = [max(of_process[turn] for of_process in found) for turn in range(len(counts))]
-    rising: list[tuple[float, float]] = []
-    for count, seconds in zip(counts, taken, strict=True):
-        least = rising[-1][1] if rising else 1.0
-        rising.append((float(count), max(least, seconds / taken[0])))
-    count, factor = rising[-1]
-    return (*rising, (2 * count, 2 * factor))
+def gpu_process_bytes() -> int:
+    """What a process holds of the GPU's memory before anything of a model: on a card that nobody else uses."""
+    factor = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+    torch.nn.functional.linear(factor, factor)  # buffers that a first product brings
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
-def _as_rate(small_s: float, large_s: float) -> LinkRate:
-    return LinkRate(small_s, 4 * (LARGE - SMALL) / max(large_s - small_s, 1e-9))
+def _as_rate(taken: tuple[float, float], large: int) -> LinkRate:
+    small_s, large_s = taken
+    return LinkRate(small_s, 4 * (large - SMALL) / max(large_s - small_s, 1e-9))
 
 
 def _together(action: Callable[..., Any], count: int, *given: Any) -> list[Any]:
@@ -142,6 +138,24 @@ def _shared_end(index: int, swap: Callable[[Any], Any]) -> tuple[float, float]:
     return taken[0], taken[1]
 
 
+def _swapping_end(index: int, swap: Callable[[Any], Any], place: str) -> tuple[float, float]:
+    """Both send and take at once, what lies in parts of a tensor, as lanes that share heads do."""
+    swap(0)
+    swap(0)
+    store = dist.FileStore(place, 2)
+    wire = open_shared_wire(index, (0, 1), store, tag=0, timeout_s=DEADLINE_S)
+    assert wire is not None, "two processes of one machine"
+    exchange, taken = Exchange(index, 2, wire), []
+    for size in (SMALL, LAYERS):
+        tensor = torch.zeros(size // ROW, 2, ROW)
+        with _rounds(taken, messages=1) as rounds:
+            for _ in rounds:
+                parts = [tensor[:, member] for member in range(2)]
+                torch.cat(exchange.swap(parts, [parts[0].shape] * 2))
+    wire.close()
+    return taken[0], taken[1]
+
+
 def _gloo_end(index: int, swap: Callable[[Any], Any], store: str) -> tuple[float, float]:
     swap(0)
     swap(0)
@@ -160,8 +174,8 @@ def _gloo_end(index: int, swap: Callable[[Any], Any], store: str) -> tuple[float
 
 
 @contextmanager
-def _rounds(taken: list[float]) -> Iterator[Iterator[int]]:
-    """Rounds of there and back; the seconds of a message, of the quickest fourth, are added to `taken`."""
+def _rounds(taken: list[float], messages: int = 2) -> Iterator[Iterator[int]]:
+    """Rounds of there and back; the seconds of a message, in the middle one, are added to `taken`."""
     stamps = []
 
     def rounds() -> Iterator[int]:
@@ -171,36 +185,5 @@ def _rounds(taken: list[float]) -> Iterator[Iterator[int]]:
         stamps.append(time.perf_counter())
 
     yield rounds()
-    trips = sorted(after - before for before, after in zip(stamps, stamps[1:], strict=False))
-    quick = trips[: len(trips) // 4]
-    taken.append(sum(quick) / len(quick) / 2)
-
-
-def _work(
-    index: int, swap: Callable[[Any], Any], counts: Sequence[int], width: int, hidden: int, tokens: int
-) -> list[float]:
-    """Seconds of a round of what ranks do most: products of matrices and passes over memory.
-
-    For each number of processes at work; 0 where this one is not among them.
-    """
-    x = torch.randn(FRAMES_OF_WORK * tokens, width)
-    layers = [
-        (torch.randn(hidden, width) / width, torch.randn(width, hidden) / hidden) for _ in range(NUM_LAYERS)
-    ]
-    swap(0)
-    swap(0)
-    began, rounds, taken = time.monotonic(), [0] * len(counts), [0.0] * len(counts)
-    for slot in range(TURNS * len(counts)):
-        turn, end = slot % len(counts), began + (slot + 1) * TURN_S
-        before = time.monotonic()
-        if index >= counts[turn]:
-            time.sleep(max(0.0, end - before))
-            continue
-        while time.monotonic() < end:
-            for up, down in layers:
-                y = torch.nn.functional.layer_norm(x, (width,))
-                y = torch.nn.functional.gelu(y @ up.T, approximate="tanh") @ down.T
-                x = (x + y) * 0.999
-            rounds[turn] += 1
-        taken[turn] += time.monotonic() - before
-    return [seconds / max(number, 1) for seconds, number in zip(taken, rounds, strict=True)]
+    trips = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
+    taken.append(statistics.median(trips) / messages)

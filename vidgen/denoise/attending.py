@@ -1,6 +1,7 @@
 """How each layer is run in a queue of blocks, and what is kept of it between a block's steps.
 
-That is what a policy of sparse attention keeps, and the layer's change where a step cache leaves it out next.
+That is what a policy of sparse attention keeps, and what stands for a layer, or for some of its tokens, where
+a step cache leaves them out next.
 The layers are those at hand: all of them in one process, a stage's own on a rank. What is kept belongs to a
 (block, guidance branch, layer) and is read at that block's next step only, so it depends on no other rank.
 """
@@ -12,10 +13,11 @@ from functools import partial
 from torch import Tensor
 
 from vidgen.denoise.lending import Lent
+from vidgen.denoise.skipping import Regions
 from vidgen.denoise.timetable import Timetable
-from vidgen.model.context import Context
+from vidgen.model.context import Context, KeyValue
 from vidgen.model.dit import Grid
-from vidgen.model.layer_run import NAMES, Change, LayerRun
+from vidgen.model.layer_run import NAMES, Change, LayerRun, Stale
 from vidgen.model.layers import Attend
 from vidgen.sparsity.policy import Place, Policy, State
 from vidgen.sparsity.tally import Tally
@@ -44,10 +46,16 @@ class Attending:
         num_layers: int,
         lent: Lent,
         left_out: Callable[[int], Sequence[range]] | None = None,
+        regions: Regions | None = None,
     ) -> None:
         self.sparsity, self.timetable, self.lent, self.left_out = sparsity, timetable, lent, left_out
+        self.regions = regions
         self.layer_numbers, self.num_layers = layers, num_layers
         self._this_tick: dict[int, list[list[State]]] = {}
+
+    def runs_a_region(self, block: int, step: int) -> bool:
+        """Whether only some tokens of a block are run at a step."""
+        return self.regions is not None and self.regions.only_some(block, step)
 
     def attends(self, block: int, step: int, run: int, grid: Grid, context: Context) -> list[LayerRun]:
         """How each layer at hand is run in a run of a block's step; runs come in order."""
@@ -56,6 +64,8 @@ class Attending:
         before = self.lent.attention.get(block)
         states: list[State] = list(before[run]) if before else [{} for _ in self.layer_numbers]
         runs.append(states)
+        if self.regions is not None:
+            return self._of_region(block, step, states, grid)
         now, next_ones = self._left_out(block, step), self._left_out(block, step + 1)
         attend_in = (
             None if self.sparsity is None else self._sparse(self.sparsity, states, step, grid, context)
@@ -74,6 +84,22 @@ class Attending:
                 attend=None if attend_in is None else attend_in(index, layer),
                 keep=partial(keep, index) if layer in next_ones else None,
             )
+
+        return [run_of(index, layer) for index, layer in enumerate(self.layer_numbers)]
+
+    def _of_region(self, block: int, step: int, states: list[State], grid: Grid) -> list[LayerRun]:
+        """How each layer is run where a step cache leaves out tokens; with plain attention."""
+        is_now, is_next = self.runs_a_region(block, step), self.runs_a_region(block, step + 1)
+        frames_before = grid[0] - self.timetable.block(block).num_frames
+
+        def keep(index: int, layer: int, window: KeyValue, x_BFSD: Tensor) -> None:
+            own = x_BFSD if is_now else x_BFSD[:, frames_before:]
+            states[index] = Stale(window, own if layer == self.num_layers - 1 else None).tensors()
+
+        def run_of(index: int, layer: int) -> LayerRun:
+            stale = Stale.of(states[index]) if is_now else None
+            states[index] = {}
+            return LayerRun(stale=stale, keep_stale=partial(keep, index, layer) if is_next else None)
 
         return [run_of(index, layer) for index, layer in enumerate(self.layer_numbers)]
 

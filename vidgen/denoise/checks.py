@@ -29,12 +29,23 @@ def check_task(task: "Task") -> None:
     for name, is_used in {"buffer": timetable.joint, "pipefusion": timetable.is_patched}.items():
         if is_used and task.cache is not None:
             raise ValueError(f"timetable={name}: knows no step cache; leave cache out")
-    if task.clips is not None and task.cache is not None and task.cache.settings.skips_layers:
+    if task.clips is not None and task.cache is not None and not task.cache.settings.skips_forwards:
         raise ValueError(
             f"cache={task.cache.settings.method} with timetable=lockstep: knows no clips; take cache=taylor, "
             "or another timetable"
         )
     _check_attention(task)
+    _check_region(task)
+
+
+def _check_region(task: "Task") -> None:
+    """What cannot be where tokens are left out: their attention is plain."""
+    if task.cache is None or not task.cache.settings.skips_tokens:
+        return
+    if task.sparsity is not None:
+        raise ValueError("cache=region with sparsity: its attention is dense; leave one of both out")
+    if any(model.config.window is not None for model in task.models):
+        raise ValueError("cache=region: this model's attention has a window; take another cache")
 
 
 def _check_attention(task: "Task") -> None:

@@ -10,6 +10,7 @@ turned for frame p is turned on by p' - p along time; rows and columns stay.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ class Clips:
         spread = ((2 * index + 1) * self.num_frames // (2 * count) for index in range(count))
         return tuple(frame for frame in spread if frame not in self.window(clip))
 
+    @lru_cache(maxsize=4096)  # noqa: B019 - of plain numbers, and asked for in every layer of every step
     def seen(self, clip: int) -> tuple[tuple[int, int], ...]:
         """(frame, where its keys stand) of all that the clip sees, in order."""
         window = self.window(clip)
@@ -121,19 +123,35 @@ class ClipAttention:
         outs = []
         for clip, num_frames, query in zip(clips, own, queries, strict=True):
             seen = self.clips.seen(clip)
-            placed = torch.cat(list(self._placed(keys, seen)), dim=1)
+            placed = torch.cat([part.flatten(1, 2) for part in self._placed(keys, seen)], dim=1)
             shown = torch.cat([values[frame] for frame, _ in seen], dim=1)
             outs.append(inner(num_frames, len(seen))(query.contiguous(), placed, shown))
         return torch.cat(outs, dim=1)
 
     def _placed(self, keys: dict[int, Tensor], seen: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
-        """Keys [B, S, H, D] of the frames that a clip sees, turned for where they stand."""
-        for frame, place in seen:
-            key_BSHD = keys[frame]
-            if place != frame:
-                turn = turn_in_time(place - frame, self.head_width, self.theta, key_BSHD.device)
-                key_BSHD = rotate(key_BSHD, *turn)
-            yield key_BSHD
+        """Keys [B, F, S, H, D] of the frames that a clip sees, turned for where they stand."""
+        for moves, frames in groupby(seen, key=lambda at: at[0] != at[1]):
+            here = list(frames)
+            key_BFSHD = torch.stack([keys[frame] for frame, _ in here], dim=1)
+            if moves:
+                by = tuple(place - frame for frame, place in here)
+                tokens, device = key_BFSHD.shape[2], key_BFSHD.device
+                turns = turns_in_time(by, tokens, self.head_width, self.theta, device)
+                key_BFSHD = rotate(key_BFSHD.flatten(1, 2), *turns).view_as(key_BFSHD)
+            yield key_BFSHD
+
+
+@lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # kept for later calls
+def turns_in_time(
+    by: tuple[int, ...], tokens: int, head_width: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(cosines, signed sines) [F*S, 1, D] that move each frame's keys so many frames on."""
+    each = [turn_in_time(num_frames, head_width, theta, device) for num_frames in by]
+    cosines, sines = (
+        torch.cat(tables).repeat_interleave(tokens, dim=0) for tables in zip(*each, strict=True)
+    )
+    return cosines, sines
 
 
 @lru_cache(maxsize=1024)

@@ -18,13 +18,14 @@ from vidgen.denoise.given import NOTHING, Given
 from vidgen.denoise.guidance import guide, num_branches
 from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.lockstep import ClipAttention, Clips
-from vidgen.denoise.skipping import decide, share_skipped, skipping_layers, skips_forwards
+from vidgen.denoise.skipping import decide, regions_of, share_skipped, skipping_layers, skips_forwards
 from vidgen.denoise.solver import Solver
 from vidgen.denoise.state import BlockState, FinishedBlock, LoopState, Window
 from vidgen.denoise.still import StillFilter, denoised, repeat, same_texts
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.dit import Conditioning, DiT
+from vidgen.model.region import Region
 from vidgen.stepcache.cache import Decision, StepCache
 from vidgen.stepcache.kept import NOTHING_KEPT
 from vidgen.types import Block, GuidanceMode, ResidualGuidance
@@ -118,11 +119,11 @@ class Task:
         """How some of the layers are run, where that is not the plain way."""
         if self.clips is not None:
             return ClipAttention(self.clips, self.model.config, layers)
-        left_out = skipping_layers(self)
-        if self.sparsity is None and left_out is None:
+        left_out, regions = skipping_layers(self), regions_of(self)
+        if self.sparsity is None and left_out is None and regions is None:
             return None
         num_layers = self.model.config.num_layers
-        return Attending(self.sparsity, self.timetable, layers, num_layers, lent, left_out)
+        return Attending(self.sparsity, self.timetable, layers, num_layers, lent, left_out, regions)
 
     @property
     def device(self) -> torch.device:
@@ -200,7 +201,8 @@ def run_forward(
             lending.relend(forward)
             return take_steps(task, forward, owns, decision.outputs, decision)
         lending.begin(forward)
-        velocities = run_model(task, window, forward, lending, attending)
+        region = region_of(decision, window)
+        velocities = run_model(task, window, forward, lending, attending, region)
     return take_steps(task, forward, owns, velocities, decision)
 
 
@@ -210,8 +212,9 @@ def run_model(
     forward: Forward,
     lending: Lending,
     attending: Attending | ClipAttention | None,
+    region: Region | None = None,
 ) -> list[Tensor]:
-    """Velocities of the blocks' own frames, one per branch."""
+    """Velocities of the blocks' own frames, one per branch; new ones in the `region`, where there is one."""
     model = task.model_at(forward.step)
     grid = model.token_grid(window.latents_BCFYX.shape)
     velocities: list[Tensor] = []
@@ -226,10 +229,18 @@ def run_model(
             lends=lending.is_lending,
             conditioning=task.conditioning(forward.step, window.levels, text),
             attends=attending and attending.attends(forward.block, forward.step, run, grid, context),
+            region=region,
         )
         lending.keep(own_kv, window.frames_before)
         velocities.extend(velocity.split(1))
     return velocities
+
+
+def region_of(decision: Decision | None, window: Window) -> Region | None:
+    """The tokens that are run, where a step cache leaves out some."""
+    if decision is None or decision.active_FS is None:
+        return None
+    return Region.of(decision.active_FS, window.frames_before)
 
 
 def make_window(task: Task, blocks: dict[int, BlockState], forward: Forward, *owns: BlockState) -> Window:
@@ -281,6 +292,8 @@ def take_step(
 ) -> BlockState:
     """The block after this step, from the velocities of the step's branches."""
     step = forward.step
+    if task.cache is not None and decision is not None:
+        velocities = task.cache.mixed(decision, velocities, task.model.config.patch)
     velocity, negative = guide(
         velocities,
         task.guidance_at(step),

@@ -34,6 +34,7 @@ from vidgen.model.layers import (
     random_rows,
 )
 from vidgen.model.part import Part
+from vidgen.model.region import Region
 from vidgen.model.rope import rotations
 
 # B batch, C latent channels, F latent frames, Y X latent rows and columns,
@@ -79,6 +80,10 @@ class Conditioning:
     noise_BFD: Tensor
     noise_BF6D: Tensor
     text_BND: Tensor  # image tokens, where there are such, before the text's
+
+    def frames(self, first: int) -> "Conditioning":
+        """Of the frames from this one on."""
+        return Conditioning(self.noise_BFD[:, first:], self.noise_BF6D[:, first:], self.text_BND)
 
 
 TEXT_CHUNK = 64  # tokens: texts of about the same length have the same shape, for compiled layers
@@ -170,17 +175,24 @@ class DiT(nn.Module):
         conditioning: Conditioning | None = None,
         attends: Sequence[Attend | LayerRun] | None = None,
         lends: bool = True,
+        region: Region | None = None,
     ) -> tuple[Tensor, LayerKeyValues]:
         """(velocity of the frames from `first_frame` on, every layer's own keys and values of all frames).
 
         `conditioning` is what `condition` would make of the levels and the text, where it is known; `attends`
-        are the layers' self-attentions, where they are not the plain ones, or all of how they are run.
+        are the layers' self-attentions, where they are not the plain ones, or all of how they are run;
+        `region` are the tokens that run, where not all do.
         """
         conditioning = conditioning or self.condition(noise_level_BF, text_BNT)
-        grid = self.token_grid(latents_BCFYX.shape)
-        x_BFSD = self.embed(latents_BCFYX)
-        x_BFSD, lent = self.run_layers(x_BFSD, conditioning, grid, context or Context(), attends, lends=lends)
-        out = self.project(x_BFSD[:, first_frame:], conditioning.noise_BFD[:, first_frame:], grid)
+        grid, context = self.token_grid(latents_BCFYX.shape), context or Context()
+        x_BFSD, noise_BFD = self.embed(latents_BCFYX), conditioning.noise_BFD[:, first_frame:]
+        if region is not None:
+            x_BFSD, conditioning = region.cut(x_BFSD[:, first_frame:]), conditioning.frames(first_frame)
+        x_BFSD, lent = self.run_layers(
+            x_BFSD, conditioning, grid, context, attends, lends=lends, region=region
+        )
+        own_BFSD = x_BFSD if region is not None else x_BFSD[:, first_frame:]
+        out = self.project(own_BFSD, noise_BFD, grid)
         return self.velocity(out, latents_BCFYX[:, :, first_frame:], noise_level_BF[:, first_frame:]), lent
 
     def condition(
@@ -249,13 +261,15 @@ class DiT(nn.Module):
         lends: bool = True,
         part: Part | None = None,
         num_layers: int | None = None,
+        region: Region | None = None,
     ) -> tuple[Tensor, LayerKeyValues]:
         """(tokens [B, F, S, D] after the layers at hand, each layer's own keys and values if it `lends`).
 
         Or after the first `num_layers` of them. With a `part`, tokens, conditioning and context are those of
-        the part; the grid is the whole one's.
+        the part; the grid is the whole one's. With a `region`, tokens [B, F, A, D] and conditioning are those
+        that run, of the own frames; after the model's last layer they are all of the own frames' tokens.
         """
-        positions = self._positions(grid, context, x_BFSD.device, part)
+        positions = self._positions(grid, context, x_BFSD.device, part, region)
         text_BND, log_weights_N = self._weighted(conditioning.text_BND, positions.backend)
         shared = conditioning.noise_BF6D, text_BND, positions
         lent = []
@@ -279,8 +293,20 @@ class DiT(nn.Module):
                         layout=positions.window,
                         is_plain=attend is None,
                     )
-                before_BFSD = x_BFSD
-                x_BFSD, own = layer(x_BFSD, *shared, *context.layer(index), attend, log_weights_N)
+                before_BFSD, stale = x_BFSD, run.stale
+                x_BFSD, own = layer(
+                    x_BFSD,
+                    *shared,
+                    *context.layer(index),
+                    attend,
+                    log_weights_N,
+                    **({} if stale is None else {"stale": stale.window}),
+                )
+                if stale is not None and stale.own_BFSD is not None:
+                    assert region is not None
+                    x_BFSD = region.fill(stale.own_BFSD, x_BFSD)
+                if run.keep_stale is not None:
+                    run.keep_stale(own, x_BFSD)
                 if run.keep is not None:
                     run.keep(Change(x_BFSD - before_BFSD, own if lends else None))
                 if lends:
@@ -343,8 +369,9 @@ class DiT(nn.Module):
         return text_BND[:, : images + kept], log_weights_N
 
     def _positions(
-        self, grid: Grid, context: Context, device: torch.device, part: Part | None = None
-    ) -> Positions:
+        self, grid: Grid, context: Context, device: torch.device, part: Part | None = None,
+        region: Region | None = None,
+    ) -> Positions:  # fmt: skip
         frames, rows, columns = grid
         first, key_frames = context.frames_before, context.frames_before + frames + context.frames_after
         head_width = self.config.width // self.config.num_heads
@@ -364,7 +391,9 @@ class DiT(nn.Module):
             at_hand = range(frames)[part.frames or slice(None)]
             first, frames = first + at_hand.start, len(at_hand)
         own = slice(first * tokens, (first + frames) * tokens)
-        return Positions(cosines, sines, own, window, self.attention_backend or current_backend())
+        backend = self.attention_backend or current_backend()
+        turns = None if region is None else (region.turns(cosines[own]), region.turns(sines[own]))
+        return Positions(cosines, sines, own, window, backend, region, turns)
 
     def _fold(self, latents_BCFYX: Tensor) -> Tensor:
         """[B*F, C*p*q, Y/p, X/q]: patches become channels."""

@@ -1,4 +1,4 @@
-"""How a layer is run in one forward: with which attention, or not at all, its change being known."""
+"""How a layer is run in one forward: with which attention, for which tokens, or not at all."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from vidgen.model.layers import Attend
 # B batch, F latent frames, S tokens per frame, D width
 
 NAMES = ("change", "change_key", "change_value")
+STALE_NAMES = ("window_key", "window_value", "own_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,31 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Stale:
+    """What a layer made of a window when it last ran, for tokens that are left out next time."""
+
+    window: KeyValue
+    own_BFSD: Tensor | None  # the tokens after it, of the own frames; of the last layer only
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same by names, to be kept."""
+        own = () if self.own_BFSD is None else (self.own_BFSD,)
+        return dict(zip(STALE_NAMES, (self.window.key_BFSHD, self.window.value_BFSHD, *own), strict=False))
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """What was kept so."""
+        key, value, own = (tensors.get(name) for name in STALE_NAMES)
+        assert key is not None and value is not None, "tokens are left out only where these are kept"
+        return cls(KeyValue(key, value), own)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerRun:
-    """Of one layer; by default it runs with the plain attention."""
+    """Of one layer; by default it runs for all tokens, with the plain attention."""
 
     attend: Attend | None = None
+    stale: Stale | None = None  # where only a region's tokens run
+    keep_stale: Callable[[KeyValue, Tensor], None] | None = None  # told the window's K,V, tokens after it
     known: Change | None = None  # added in place of running it
     keep: Callable[[Change], None] | None = None  # is told what it changed

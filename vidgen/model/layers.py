@@ -20,6 +20,7 @@ from vidgen.kernels.modulate.api import gate_residual, norm_modulate
 from vidgen.kernels.rope.api import norm_rope
 from vidgen.kernels.rope.reference import rotate
 from vidgen.model.context import KeyValue
+from vidgen.model.region import Region
 
 # B batch, F frames, S tokens per frame, N text tokens, M image tokens, I image feature width, H heads,
 # D width (or head width after H), T text width
@@ -100,11 +101,18 @@ class Positions:
     own_tokens: slice
     window: BlockLayout | None
     backend: str | None = None  # of attention
+    region: Region | None = None  # the tokens that run, where not all of them do
+    region_turns: tuple[Tensor, Tensor] | None = None
 
     @property
     def own(self) -> tuple[Tensor, Tensor]:
-        """Rotations of the forward's own tokens."""
-        return self.cosines[self.own_tokens], self.sines[self.own_tokens]
+        """Rotations of the tokens that run."""
+        return self.region_turns or (self.cosines[self.own_tokens], self.sines[self.own_tokens])
+
+    def rotate_window(self, kv: KeyValue) -> Tensor:
+        """Keys [B, S, H, D] of the whole window, turned."""
+        tokens = self.own_tokens
+        return rotate(kv.key_BFSHD.flatten(1, 2), self.cosines[tokens], self.sines[tokens])
 
     def rotate_before(self, kv: KeyValue) -> Tensor:
         """Keys [B, S, H, D] of frames before the own ones, turned."""
@@ -137,8 +145,12 @@ class SelfAttention(nn.Module):
         before: KeyValue | None,
         after: KeyValue | None,
         attend: Attend | None = None,
+        stale: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """(attended [B, F, S, D], own keys and values); `attend` stands in for positions.attend."""
+        """(attended [B, F, S, D], own keys and values); `attend` stands in for positions.attend.
+
+        `stale`: of the whole window when it last ran, where only a region's tokens run now.
+        """
         frames = x_BFSD.shape[1]
         turns, heads, eps = positions.own, self.num_heads, self.query_norm.eps
         query_BLD, key_BLD = self.query(x_BFSD).flatten(1, 2), self.key(x_BFSD).flatten(1, 2)
@@ -147,7 +159,11 @@ class SelfAttention(nn.Module):
         assert normed_BLHD is not None
         value_BFSHD = self.value(x_BFSD).unflatten(-1, (self.num_heads, -1))
         own = KeyValue(normed_BLHD.unflatten(1, (frames, -1)), value_BFSHD)
-        keys, values = [key_BLHD], [value_BFSHD.flatten(1, 2)]
+        if stale is not None:
+            assert positions.region is not None
+            own = positions.region.window(stale, own)
+            key_BLHD = positions.rotate_window(own)
+        keys, values = [key_BLHD], [own.value_BFSHD.flatten(1, 2)]
         if before is not None:
             keys.insert(0, positions.rotate_before(before))
             values.insert(0, before.value_BFSHD.flatten(1, 2))
@@ -244,15 +260,17 @@ class Block(nn.Module):
         after: KeyValue | None = None,
         attend: Attend | None = None,
         log_weights_N: Tensor | None = None,
+        stale: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """(the tokens after this layer, this layer's own keys and values).
 
-        `log_weights_N`: of text tokens that stand for several, how many (see DiT.run_layers).
+        `log_weights_N`: of text tokens that stand for several, how many (see DiT.run_layers). `stale`: see
+        SelfAttention.
         """
         modulation = (self.modulation + conditioning_BF6D.float()).unsqueeze(3)  # [B, F, 6, 1, D]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(2)
         attended, own = self.self_attention(
-            norm_modulate(x_BFSD, scale, shift, self.eps), positions, before, after, attend
+            norm_modulate(x_BFSD, scale, shift, self.eps), positions, before, after, attend, stale=stale
         )
         x_BFSD = gate_residual(x_BFSD, attended, gate)
         crossed = self.cross_attention(self.cross_norm(x_BFSD), text_BND, positions.backend, log_weights_N)

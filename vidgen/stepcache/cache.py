@@ -10,6 +10,7 @@ from torch import Tensor
 from vidgen.model.dit import Conditioning, DiT
 from vidgen.stepcache.kept import Kept, Outputs, forecast
 from vidgen.stepcache.methods import Clock, FirstBlock, Gated, Mag, Method, Tea
+from vidgen.stepcache.region import mix
 from vidgen.stepcache.settings import CacheSettings
 
 
@@ -17,7 +18,7 @@ from vidgen.stepcache.settings import CacheSettings
 class Tally:
     """Forwards so far, how many of them were skipped, and which steps were skipped how often.
 
-    A forward of which half the layers are left out counts as half a one skipped.
+    A forward of which half the layers or tokens are left out counts as half a one skipped.
     """
 
     forwards: int = 0
@@ -43,6 +44,7 @@ class Decision:
     signal: Tensor | None
     drift: float = 0.0
     outputs: Outputs | None = None  # what stands for the model's; None: it is to be run
+    active_FS: Tensor | None = None  # zeros, and ones for the tokens that are; None: all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +82,19 @@ class StepCache:
         )
         return Decision(kept, signal, drift, outputs)
 
+    def mixed(self, decision: Decision, outputs: Sequence[Tensor], patch: tuple[int, int]) -> list[Tensor]:
+        """The step's outputs, where only some tokens were run: of the others what was said last."""
+        active_FS = decision.active_FS
+        if active_FS is None:
+            return list(outputs)
+        pairs = zip(outputs, decision.kept.outputs[0], strict=True)
+        return [mix(active_FS, new, old, patch) for new, old in pairs]
+
     def after(self, decision: Decision, step: int, outputs: Sequence[Tensor]) -> Kept:
         """What is kept of a block after a step, from the step's outputs."""
+        if self.settings.skips_tokens:
+            said = tuple(output.clone() for output in outputs)
+            return Kept((step,), (said,), _left_out(decision))
         kept, signal = decision.kept, () if decision.signal is None else (decision.signal,)
         if decision.outputs is not None:
             signals = signal if self.method.looks_always else kept.signals
@@ -92,6 +105,14 @@ class StepCache:
             (tuple(output.clone() for output in outputs), *kept.outputs)[:count],  # they may be views
             signal if self.method.looks_always else (*signal, *kept.signals)[:count],
         )
+
+
+def _left_out(decision: Decision) -> tuple[Tensor, ...]:
+    """For how many steps each token [F, S] has not been run; nothing where all were."""
+    if decision.active_FS is None:
+        return ()
+    idle_FS = 1 - decision.active_FS
+    return ((decision.kept.signals[0] + 1) * idle_FS if decision.kept.signals else idle_FS,)
 
 
 def make_cache(settings: CacheSettings) -> StepCache | None:
