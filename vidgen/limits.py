@@ -2,6 +2,7 @@
 
 import os
 import re
+from math import ceil
 from pathlib import Path
 
 from vidgen.config import JobConfig
@@ -35,13 +36,16 @@ def memory_bytes(
     frames = at_once + (context if recompute else 0)
     keys = at_once + 2 * context + timetable.anchor_frames
     hidden = tokens * (frames * (HIDDEN_COPIES * dit.width + 2 * dit.ffn_width) + keys * 4 * dit.width)
-    lenders = (2 if recompute else live + 2) * context + timetable.anchor_frames
+    at_work = min(ceil(timetable.num_steps / timetable.stride), timetable.num_blocks)
+    lenders = 2 * context * (at_work > 1) + timetable.anchor_frames * (timetable.num_blocks > 2)
+    if not recompute and timetable.num_blocks > 1:  # of the last tick, which hold until this one has ended
+        lenders += 2 * at_work * context
     residual = job.queue.residual_guidance
     branches = num_branches(job.guidance_scale or 1.0) if residual == ResidualGuidance.NONE else 1
     is_onetime = residual == ResidualGuidance.ONETIME
     lenders += context if is_onetime else 0  # a block at its first step has the second branch too
     # a forward's own keys and values are collected over all layers, if anybody reads some of them
-    collected = own if context or timetable.anchor_frames else 0
+    collected = own + (context if recompute else 0) if lenders else 0
     if timetable.is_patched:  # of this tick, of the tick before, and together as one patch sees them
         lenders, collected = 3 * timetable.num_frames, timetable.num_frames
     lent = (lenders * branches + collected) * dit.num_layers * 2 * tokens * dit.width
@@ -54,7 +58,7 @@ def memory_bytes(
         copies = 3 if context or timetable.anchor_frames else 1
         lent += live * branches * dit.num_layers * frames * tokens * copies * dit.width
     if job.cache.skips_tokens:  # keys and values of whole windows, the last tokens
-        lent += live * branches * (2 * dit.num_layers * frames + own) * tokens * dit.width
+        lent += 2 * live * branches * (2 * dit.num_layers * frames + own) * tokens * dit.width  # old and new
     latents = (live * (2 if is_onetime else 1) + 3) * own * dit.latent_channels * rows * columns
     pixels = own * strides[0] * job.height * job.width * 3
     floats = hidden + lent + latents + pixels * PIXEL_COPIES

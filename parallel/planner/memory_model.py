@@ -96,10 +96,12 @@ def _activations(model: CostModel, item: Item, stage: Stage) -> int:
 def _keys(model: CostModel, timetable: Timetable, num_layers: int, item: Item) -> int:
     """Keys and values that this stage's layers keep from one forward to another."""
     film, context = model.film, timetable.context_frames
-    live = min(timetable.num_steps // timetable.stride + 1, timetable.num_blocks)
+    live = min(ceil(timetable.num_steps / timetable.stride), timetable.num_blocks)
     is_recompute = timetable.mode == ContextMode.RECOMPUTE or timetable.joint
-    lenders = ((2 if is_recompute else live + 2) * context + timetable.anchor_frames) * (live > 1)
-    collected = item.own if lenders else 0
+    lenders = 2 * context * (live > 1) + timetable.anchor_frames * (timetable.num_blocks > 2)
+    if not is_recompute and timetable.num_blocks > 1:  # of the last tick, which hold until this one has ended
+        lenders += 2 * live * context
+    collected = item.window if lenders else 0
     if timetable.is_patched:  # of this tick, of the tick before, and together as one patch sees them
         lenders, collected = 3 * timetable.num_frames, timetable.num_frames
     runs = model.runs * model.batch

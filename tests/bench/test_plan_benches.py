@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from vidgen.bench import busy
+from vidgen.bench.books import books_s
 from vidgen.bench.calibrate import _joining, _layers
+from vidgen.bench.items import random_model, run_of
 from vidgen.bench.output_rates import Clock, decode_rate, rate, write_rate
 from vidgen.bench.plans import LANES, STAGES_ONLY, PlanCase, predict, render_once, verdict
 from vidgen.bench.rendering import PROMPT
@@ -47,6 +50,48 @@ def test_measured_rates_rise_with_the_work(engine: Engine, plan: Plan, monkeypat
     assert _joining(plan, clock).seconds[0] > 0
     assert decode_rate(engine, plan, clock).seconds[-1] > 0
     assert write_rate(plan).seconds[0] > 0
+
+
+def test_a_clock_among_other_work_does_that_before_each_reading_and_does_not_count_it():
+    done: list[str] = []
+    clock = Clock("cpu", 1).among(lambda: done.append("other"))
+    assert clock.seconds(lambda: done.append("own"), readings=3) < 0.01
+    assert done == ["other", "own"] * 4
+
+
+@torch.inference_mode()
+def test_a_run_has_the_layers_frames_and_others_that_were_asked_for(plan: Plan):
+    model = random_model(plan.task.model.config, 2, "cpu")
+    seen: list[tuple[Any, ...]] = []
+    model.layers[1].self_attention.register_forward_pre_hook(  # type: ignore[union-attr]
+        lambda _, given: seen.append((given[0].shape[1], *(kv and kv.num_frames for kv in given[2:4])))
+    )
+    assert run_of(model, 4, 6, 8)().shape == (1, 4, 6, model.config.width)  # type: ignore[attr-defined]
+    run_of(model, 4, 6, 8, others=3)()
+    assert seen == [(4, None, None), (4, 1, 2)]
+    ended = run_of(model, 4, 6, 8, ends=True)()
+    assert ended.shape == (4, model.out_channels, 6, 1)  # type: ignore[attr-defined]
+
+
+@torch.inference_mode()
+def test_what_a_rank_does_beside_the_model_is_measured(engine: Engine):
+    assert 1e-5 < books_s(engine, "builtin", load_hardware("cpu").solver) < 0.05
+
+
+def test_how_much_ranks_slow_each_other_down_is_against_one_process(monkeypatch: pytest.MonkeyPatch):
+    """What is foretold is too little by a half for one process, and by as much again for two."""
+    taken = {1: [3.0, 3.1], 2: [3.0, 3.2]}
+    monkeypatch.setattr(busy, "predict", lambda hardware, case, *_: {"seconds": 2.0 / case.ranks})
+    monkeypatch.setattr(
+        busy, "in_own_process", lambda case, *_: {"seconds": taken[case.ranks].pop(), "started_bytes": 7e8}
+    )
+    found = busy.among_ranks(load_hardware("cpu"), cores=2)
+    assert found.busy == (
+        (1.0, 1.0),
+        (2.0, pytest.approx(3.1 / 1.0 / (3.05 / 2.0))),
+        (4.0, pytest.approx(4.0656, rel=1e-3)),
+    )
+    assert found.process_bytes == 7e8
 
 
 @pytest.mark.slow

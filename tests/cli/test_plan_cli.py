@@ -80,8 +80,8 @@ def test_a_profile_of_ones_own_is_taken_and_what_does_not_fit_is_told(run: Run):
 
 
 def test_rates_that_were_not_measured_are_said_to_be_so(run: Run):
-    ran = run(*ASKED[:-1], "h200", "--ranks", 2)
-    assert ran.code == 0 and "rates of NVIDIA H200 SXM: not measured" in ran.out
+    ran = run(*ASKED[:-1], "4090", "--ranks", 2)
+    assert ran.code == 0 and "rates of NVIDIA GeForce RTX 4090: not measured" in ran.out
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How much ranks of one machine slow each other down, from short renders on one rank and on several.
+"""What ranks of one machine cost, and cost each other: from short renders on one rank and on several.
 
 Ranks share cores, caches and memory with each other, with the decoder, the driver and Ray. What each of them
 costs the others is not measured apart: how much longer a render takes than its parts is.
@@ -17,23 +17,27 @@ MOST_RANKS = 4
 TURNS = 2
 
 
-def measured_busy(hardware: Hardware, cores: int) -> tuple[tuple[float, float], ...]:
-    """(ranks at work, how much slower each is) on a machine whose other rates are known.
+def among_ranks(hardware: Hardware, cores: int) -> Hardware:
+    """A machine whose other rates are known, with how much slower so many ranks at work are, and how large.
 
     A render on several ranks is held against one process, both against what they take of all but each other;
-    they take turns. Ranks beyond the cores share them.
+    they take turns. Ranks beyond the cores share them. A rank's process is as large as it was before it had
+    loaded anything.
     """
     counts = sorted({min(2, MOST_RANKS), min(cores, MOST_RANKS)} - {1})
     cases = [PlanCase(ranks=count, queue=QUEUE) for count in (1, *counts)]
     alone = replace(hardware, busy=())
     parts_s = [float(predict(alone, case, FRAMES, STEPS)["seconds"]) for case in cases]
     readings: Sequence[list[float]] = [[] for _ in cases]
+    process_bytes = hardware.process_bytes
     for _ in range(TURNS):
         for case, taken in zip(cases, readings, strict=True):
-            taken.append(in_own_process(case, FRAMES, STEPS)["seconds"])
+            found = in_own_process(case, FRAMES, STEPS)
+            taken.append(found["seconds"])
+            process_bytes = max(process_bytes, int(found["started_bytes"]))
     ratios = [statistics.median(taken) / part_s for taken, part_s in zip(readings, parts_s, strict=True)]
     rising = [(1.0, 1.0)]
     for count, ratio in zip(counts, ratios[1:], strict=True):
         rising.append((float(count), max(rising[-1][1], ratio / ratios[0])))
     count, factor = rising[-1]
-    return (*rising, (2 * count, 2 * factor))
+    return replace(hardware, busy=(*rising, (2 * count, 2 * factor)), process_bytes=process_bytes)

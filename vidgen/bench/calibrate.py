@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vidgen.bench.books import books_s
-from vidgen.bench.busy import measured_busy
+from vidgen.bench.busy import among_ranks
 from vidgen.bench.items import random_model, run_of
 from vidgen.bench.machine import machine_facts
 from vidgen.bench.output_rates import ENOUGH_S, FRAMES, Clock, decode_rate, latents_of, rate, write_rate
@@ -46,6 +46,7 @@ from vidgen.sections import MAX_RANKS
 MOST_LAYERS = 8  # of a model that is timed: as many as it has, so that caches are as full as in a render
 PASSES = 3  # on a CPU
 VAE_WIDTH = 96  # of Wan's
+GPU_SHARE = 0.95  # of a GPU's memory: some lies idle between the allocator's blocks
 AMONG_LAYERS, AMONG_FRAMES = 2, 8  # of the work that comes before what is timed
 PARTS = (4, 2)  # of one frame's tokens, for ranks that share them
 
@@ -72,7 +73,8 @@ def calibrate(model: str = "builtin", device: str | None = None, passes: int | N
     source = f"vidgen bench calibrate of {model}, torch {torch.__version__}, {threads} threads a rank"
     gloo = "between_nodes is" if device == "cpu" else "link, exchange and between_nodes are"
     source = f"{source}, {datetime.date.today()}; {gloo} gloo on this node"
-    return replace(middle(found), source=source, process_bytes=held)
+    found_bytes = max(profile.process_bytes for profile in found)
+    return replace(middle(found), source=source, process_bytes=max(held, found_bytes))
 
 
 @contextmanager
@@ -95,8 +97,9 @@ def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardwar
     device, cores = clock.device, os.cpu_count() or 1
     config = engine.config
     tokens, text = _tokens_per_frame(plan), _num_text_tokens(plan)
-    small = random_model(config, min(config.num_layers, AMONG_LAYERS), device)
-    clock = clock.among(run_of(small, AMONG_FRAMES, tokens, text))
+    if device == "cpu":
+        small = random_model(config, min(config.num_layers, AMONG_LAYERS), device)
+        clock = clock.among(run_of(small, AMONG_FRAMES, tokens, text))
     layers, attention, run_s = _layers(plan, clock)
     decode, write = decode_rate(engine, plan, clock), write_rate(plan)
     shared, swapped, gloo = link_rates()
@@ -107,7 +110,7 @@ def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardwar
         name=facts["gpu"] if device == "cuda" else f"{cores} cores of {facts['cpu']}",
         source="",
         measured=True,
-        memory_bytes=torch.cuda.mem_get_info()[1] if device == "cuda" else available_memory_bytes(),
+        memory_bytes=_gpu_bytes() if device == "cuda" else available_memory_bytes(),
         shares_memory=device == "cpu",
         ranks_per_node=torch.cuda.device_count() if device == "cuda" else MAX_RANKS,
         process_bytes=0,
@@ -124,7 +127,11 @@ def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardwar
         decode_alone=decode,
         write=write,
     )
-    return measured if device == "cuda" else replace(measured, busy=measured_busy(measured, cores))
+    return measured if device == "cuda" else among_ranks(measured, cores)
+
+
+def _gpu_bytes() -> int:
+    return int(GPU_SHARE * torch.cuda.mem_get_info()[1])
 
 
 def _layers(plan: Plan, clock: Clock) -> tuple[Rate, Rate, float]:

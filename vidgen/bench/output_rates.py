@@ -21,6 +21,7 @@ from vidgen.planning import Plan
 
 READINGS = 9
 ENOUGH_S = 1.5  # no larger work is tried after a reading that took so long
+ROW, ROW_S = 50, 0.1  # calls of a GPU in a reading, and seconds that they may take together
 FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -29,6 +30,7 @@ class Clock:
 
     `between` is what a render does before such work; done before each reading, it leaves caches as full of
     other things as they are then. Small work in a loop of its own takes half or a fourth of the time.
+    On a GPU a reading is of several calls in a row: in a render it works while the next ones are launched.
     """
 
     def __init__(self, device: str, threads: int, between: Callable[[], object] | None = None) -> None:
@@ -42,26 +44,31 @@ class Clock:
     def seconds(self, action: Callable[[], object], readings: int = READINGS) -> float:
         """Of one call, after one that warms up. Work that takes long is read less often."""
         first = self._once(action)
-        readings = readings if first < ENOUGH_S / readings else 2
-        return statistics.median(self._once(action) for _ in range(readings))
+        readings, calls = readings if first < ENOUGH_S / readings else 2, self._in_a_row(first)
+        return statistics.median(self._once(action, calls) for _ in range(readings))
 
     def seconds_of_each(self, actions: Sequence[Callable[[], object]]) -> list[float]:
         """Of one call of each, the actions taking turns, so that a slow moment hits all alike."""
         first = max([self._once(action) for action in actions])
-        count = READINGS if first < ENOUGH_S / READINGS else 2
-        readings = [[self._once(action) for action in actions] for _ in range(count)]
+        count, calls = READINGS if first < ENOUGH_S / READINGS else 2, self._in_a_row(first)
+        readings = [[self._once(action, calls) for action in actions] for _ in range(count)]
         return [statistics.median(column) for column in zip(*readings, strict=True)]
 
-    def _once(self, action: Callable[[], object]) -> float:
+    def _in_a_row(self, first_s: float) -> int:
+        """Calls of a reading, where one has taken so long."""
+        return 1 if self.device == "cpu" else max(1, min(ROW, int(ROW_S / first_s)))
+
+    def _once(self, action: Callable[[], object], calls: int = 1) -> float:
         if self._between is not None:
             self._between()
         if self.device == "cuda":
             torch.cuda.synchronize()
         start = self._now()
-        action()
+        for _ in range(calls):
+            action()
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return self._now() - start
+        return (self._now() - start) / calls
 
 
 def rate(points: Sequence[tuple[float, float]]) -> Rate:

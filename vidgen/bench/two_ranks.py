@@ -43,7 +43,7 @@ def process_bytes() -> int:
 
 
 def gpu_process_bytes() -> int:
-    """What a process holds of the GPU's memory before anything of a model: on a card that nobody else uses."""
+    """What a process holds of the GPU's memory before anything of a model, on a card of its own."""
     factor = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
     torch.nn.functional.linear(factor, factor)  # buffers that a first product brings
     torch.cuda.synchronize()

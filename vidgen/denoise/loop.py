@@ -232,6 +232,7 @@ def run_model(
             region=region,
         )
         lending.keep(own_kv, window.frames_before)
+        del own_kv  # of all layers and frames: the next branch is to have the memory
         velocities.extend(velocity.split(1))
     return velocities
 
