@@ -206,6 +206,8 @@ NEWER_SETTINGS: dict[str, tuple[Any, ...]] = {
     "queue.warm_up_steps": (1,),
     "cache.layers": (None,),
     "cache.boundary": (None,),
+    "cache.ratio": (None,),
+    "cache.highest": (None,),
     "cache": (CacheSettings(),),
     "speed": (None,),
 }

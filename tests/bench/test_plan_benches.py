@@ -1,6 +1,7 @@
 """What the planner's benches are made of. Whole calibrations take minutes and are run by hand."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vidgen.bench.rendering import PROMPT
 from vidgen.bench.two_ranks import _in_order, _together
 from vidgen.config import parse_job
 from vidgen.engine import Engine
-from vidgen.parallel.planner.hardware import load_hardware
+from vidgen.parallel.planner.hardware import Hardware, load_hardware
 from vidgen.planning import Plan
 
 
@@ -81,17 +82,27 @@ def test_what_a_rank_does_beside_the_model_is_measured(engine: Engine):
 def test_how_much_ranks_slow_each_other_down_is_against_one_process(monkeypatch: pytest.MonkeyPatch):
     """What is foretold is too little by a half for one process, and by as much again for two."""
     taken = {1: [3.0, 3.1], 2: [3.0, 3.2]}
-    monkeypatch.setattr(busy, "predict", lambda hardware, case, *_: {"seconds": 2.0 / case.ranks})
+    other = load_hardware("cpu")
+    other = replace(other, layers={"bf16": other.layer_rate("fp32")}, attention={"bf16": other.joining})
+
+    def predict(hardware: Hardware, case: PlanCase, *_: int) -> dict[str, float]:
+        assert not hardware.busy and hardware.layer_rate("fp32") and hardware.attention_rate("fp32")
+        return {"seconds": 2.0 / case.ranks}
+
+    monkeypatch.setattr(busy, "predict", predict)
     monkeypatch.setattr(
         busy, "in_own_process", lambda case, *_: {"seconds": taken[case.ranks].pop(), "started_bytes": 7e8}
     )
-    found = busy.among_ranks(load_hardware("cpu"), cores=2)
+    found = busy.among_ranks(other, cores=2)
     assert found.busy == (
         (1.0, 1.0),
         (2.0, pytest.approx(3.1 / 1.0 / (3.05 / 2.0))),
         (4.0, pytest.approx(4.0656, rel=1e-3)),
     )
     assert found.process_bytes == 7e8
+    taken |= {1: [3.0, 3.1], 2: [3.0, 3.2], 4: [1.6, 1.6]}
+    many = busy.among_ranks(load_hardware("cpu"), cores=16).busy
+    assert [count for count, _ in many] == [1, 2, 4, 16, 32] and many[3][1] == many[2][1] == many[4][1] / 2
 
 
 @pytest.mark.slow

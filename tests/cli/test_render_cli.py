@@ -110,6 +110,8 @@ def test_canonical_flags_reach_the_job(run: Run):
             "magnitudes": None,
             "layers": None,
             "boundary": None,
+            "ratio": None,
+            "highest": None,
         },
         "speed": None,
         "parallel": {

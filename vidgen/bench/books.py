@@ -1,7 +1,9 @@
 """What a rank does beside running the model and the solver: messages, the timetable, what blocks lend."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from vidgen.bench.items import random_model
 from vidgen.bench.rendering import PROMPT
@@ -13,7 +15,7 @@ from vidgen.parallel.pipeline import Links
 from vidgen.parallel.planner.hardware import Rate
 from vidgen.parallel.shapes import Shapes
 from vidgen.parallel.topology import Stage
-from vidgen.parallel.transport import InProcessLink
+from vidgen.parallel.transport import Header, InProcessLink
 
 FRAMES, STEPS, BLOCK = 65, 8, 4  # a queue of a few blocks
 QUEUE = {"timetable": "dualparal", "block_frames": BLOCK, "context_frames": 2, "context_mode": "recompute"}
@@ -40,6 +42,18 @@ class _Nobody:
     def taken_up(self, first_block: int | None) -> None: ...
 
 
+class _Timed(FirstStage):
+    """Knows how much of its thread's time runs of the model took."""
+
+    model_s = 0.0
+
+    def work(self, item: Header, action: Callable[[], Any]) -> Any:
+        start = time.thread_time()
+        done = super().work(item, action)
+        self.model_s += time.thread_time() - start
+        return done
+
+
 def books_s(engine: Engine, model: str, solver: Rate) -> float:
     """Seconds of an item on a CPU rank, from a queue of blocks that one stage with one layer runs.
 
@@ -52,7 +66,7 @@ def books_s(engine: Engine, model: str, solver: Rate) -> float:
     task = replace(plan.task, model=layer, second_model=None, timetable=timetable)
     shapes, depth = Shapes.of(task), default_in_flight(1)
     itself = InProcessLink(shapes.layouts(timetable)[1], depth=depth)
-    run = FirstStage(Stage(0, 1, range(1)), task, shapes, Links(itself, itself), max_in_flight=depth)
+    run = _Timed(Stage(0, 1, range(1)), task, shapes, Links(itself, itself), max_in_flight=depth)
     began = time.thread_time()
     run.run(_Nobody())
     taken = time.thread_time() - began
@@ -60,4 +74,4 @@ def books_s(engine: Engine, model: str, solver: Rate) -> float:
     _, channels, _, rows, columns = plan.latents_shape
     forwards = sum(len(timetable.forwards(tick)) for tick in range(timetable.num_ticks))
     solver_s = forwards * solver.seconds_of(own * channels * rows * columns)
-    return max(0.0, taken - run.stats.busy_s - solver_s) / run.stats.items
+    return max(0.0, taken - run.model_s - solver_s) / run.stats.items

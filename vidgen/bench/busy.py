@@ -5,11 +5,11 @@ costs the others is not measured apart: how much longer a render takes than its 
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vidgen.bench.plans import PlanCase, in_own_process, predict
-from vidgen.parallel.planner.hardware import Hardware
+from vidgen.parallel.planner.hardware import Hardware, Rate
 
 FRAMES, STEPS = 129, 12
 QUEUE = {"timetable": "dualparal", "block_frames": 4, "context_frames": 2, "context_mode": "recompute"}
@@ -26,7 +26,9 @@ def among_ranks(hardware: Hardware, cores: int) -> Hardware:
     """
     counts = sorted({min(2, MOST_RANKS), min(cores, MOST_RANKS)} - {1})
     cases = [PlanCase(ranks=count, queue=QUEUE) for count in (1, *counts)]
-    alone = replace(hardware, busy=())
+    alone = replace(
+        hardware, busy=(), layers=_with_fp32(hardware.layers), attention=_with_fp32(hardware.attention)
+    )
     parts_s = [float(predict(alone, case, FRAMES, STEPS)["seconds"]) for case in cases]
     readings: Sequence[list[float]] = [[] for _ in cases]
     process_bytes = hardware.process_bytes
@@ -39,5 +41,12 @@ def among_ranks(hardware: Hardware, cores: int) -> Hardware:
     rising = [(1.0, 1.0)]
     for count, ratio in zip(counts, ratios[1:], strict=True):
         rising.append((float(count), max(rising[-1][1], ratio / ratios[0])))
+    if cores > rising[-1][0]:  # more are taken to cost each other no more, until they share cores
+        rising.append((float(cores), rising[-1][1]))
     count, factor = rising[-1]
     return replace(hardware, busy=(*rising, (2 * count, 2 * factor)), process_bytes=process_bytes)
+
+
+def _with_fp32(rates: Mapping[str, Rate]) -> dict[str, Rate]:
+    """The renders are of the built-in model; another's rates do, as only ratios count."""
+    return {"fp32": next(iter(rates.values())), **rates}
