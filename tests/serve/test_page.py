@@ -132,7 +132,9 @@ def download(visited: Visit, click: Callable[[], None], target: Path) -> int:
 
 def test_live_session_plays_whole_changes_its_prompt_and_is_downloaded(visit, shots, tmp_path):
     quality = watch_live(visit, tmp_path)
-    assert quality["skippedChunks"] == 0 and quality["totalVideoFrames"] == 16 * quality["chunks"]
+    assert quality["skippedChunks"] == 0
+    # where frames are made faster than they play, the page moves ahead to a change and leaves some out
+    assert quality["jumps"] or quality["totalVideoFrames"] == 16 * quality["chunks"], quality
     # a frame shown late counts as dropped, and other tests share the processor
     assert quality["droppedVideoFrames"] <= 0.1 * quality["totalVideoFrames"], quality
 

@@ -262,6 +262,7 @@ export class Stage {
     if (!isFar || !this.#player.isFollowing || !this.#player.outruns) return;
     this.#player.seek(jumpTo - LEAD_IN_S);
     this.#player.isFollowing = true;
+    this.#player.jumps += 1;
     say("Moved ahead to the change");
   }
 }
