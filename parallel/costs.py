@@ -3,14 +3,13 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from vidgen.denoise.loop import Task
 from vidgen.model.context import Context, LayerKeyValues
-from vidgen.parallel.place import strip
-from vidgen.parallel.topology import Stage
+from vidgen.parallel.place import random_model
 from vidgen.types import ContextMode
 
 WARM_UPS, READINGS = 3, 7
@@ -29,11 +28,7 @@ class Costs:
 def measure_costs(task: Task, device: torch.device) -> Costs:
     """Costs at the shapes of a block in the middle of the queue, with one layer of random weights."""
     timetable = task.timetable
-    config = replace(task.model.config, num_layers=1)
-    model = strip(config, Stage(0, 1, range(1))).to_empty(device=device)
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, device=device) * 0.02)
+    model = random_model(task.model.config, 1, device)
     own, context = timetable.block(0).num_frames, timetable.context_frames
     recompute = timetable.mode == ContextMode.RECOMPUTE
     noise = task.noise(timetable.block(0)).to(device)

@@ -6,7 +6,7 @@ the checkpoint.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,16 @@ def strip(config: DiTConfig, stage: Stage) -> DiT:
         if hasattr(model, name):
             delattr(model, name)
     return model.eval().requires_grad_(False)
+
+
+def random_model(config: DiTConfig, num_layers: int, device: torch.device | str) -> DiT:
+    """The model with so many layers of random weights: for what is timed and not looked at."""
+    model = strip(replace(config, num_layers=num_layers), Stage(0, 1, range(num_layers)))
+    model = model.to_empty(device=device)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, device=device) * 0.02)
+    return model
 
 
 def fill(model: DiT, stage: Stage, read: Callable[[dict[str, Tensor]], None]) -> None:

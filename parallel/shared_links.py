@@ -92,7 +92,7 @@ class SharedOutgoing:
         slot, self._next = self._next, (self._next + 1) % len(self._buffers)
         write_message(self.layout, self._buffers[slot], header, parts)
         self._num_free -= 1
-        _put(self._ready, READY, self.rank, self.peer)
+        put_word(self._ready, READY, self.rank, self.peer)
         self.bytes_sent += self.layout.num_bytes
 
     def flush(self) -> None:
@@ -125,19 +125,24 @@ def _map(descriptor: int, layout: MessageLayout, depth: int) -> list[Tensor]:
     return [whole[slot * stride : slot * stride + layout.num_bytes] for slot in range(depth)]
 
 
-def _put(pipe: int, byte: bytes, rank: int, peer: int) -> None:
-    """Never blocks: a pipe holds far more bytes than a link has buffers."""
+def put_word(pipe: int, word: bytes, rank: int, peer: int) -> None:
+    """Never blocks: a pipe holds far more bytes than a link has buffers. TransportError when nobody reads."""
     try:
-        os.write(pipe, byte)
+        os.write(pipe, word)
     except OSError as error:
         raise TransportError(f"rank {rank}: lost rank {peer}: {error.strerror}", peer) from error
+
+
+def take_word(pipe: int, most: int, rank: int, peer: int) -> bytes:
+    """What there is, which is something. TransportError when the peer is gone."""
+    word = os.read(pipe, most)
+    if not word:
+        raise TransportError(f"rank {rank}: lost rank {peer}: it closed the link", peer)
+    return word
 
 
 def _take(pipe: int, most: int, rank: int, peer: int, what: str, timeout_s: float) -> int:
     """How many bytes there are, at least one."""
     if not select.select([pipe], [], [], timeout_s)[0]:
         raise late(rank, what, peer, timeout_s)
-    taken = len(os.read(pipe, most))
-    if not taken:
-        raise TransportError(f"rank {rank}: lost rank {peer}: it closed the link", peer)
-    return taken
+    return len(take_word(pipe, most, rank, peer))

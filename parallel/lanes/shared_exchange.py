@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vidgen.parallel.shared_links import FREE, PAGE_BYTES, processes_seen
+from vidgen.parallel.shared_links import FREE, PAGE_BYTES, processes_seen, put_word, take_word
 from vidgen.parallel.torch_links import word_of
-from vidgen.parallel.transport import TransportError, late
+from vidgen.parallel.transport import late
 
 SLOTS = 2  # messages from one rank to another that are sent and not taken
 LENGTH = struct.Struct("=q")
@@ -162,10 +162,7 @@ class _End:
         sent = buffer.view(-1).view(torch.uint8)
         self._out[self._num_sent % SLOTS].grown(len(sent)).copy_(sent)
         self._num_sent, self.num_free = self._num_sent + 1, self.num_free - 1
-        try:
-            os.write(self._peer_ready, LENGTH.pack(len(sent)))
-        except OSError as error:
-            raise self._lost(error.strerror or "") from error
+        put_word(self._peer_ready, LENGTH.pack(len(sent)), self.rank, self.peer)
 
     def awaited(self) -> list[tuple[int, Callable[[], None]]]:
         """Pipes that may say something of use, and what is to be done then."""
@@ -184,9 +181,7 @@ class _End:
         self._own, self._lent, self._into, self._out = set(), set(), [], []
 
     def _take(self) -> None:
-        word = os.read(self._ready, LENGTH.size)
-        if not word:
-            raise self._lost("it closed the wire")
+        word = take_word(self._ready, LENGTH.size, self.rank, self.peer)
         buffer = self._posted.popleft()
         wanted = buffer.view(-1).view(torch.uint8)
         (length,) = LENGTH.unpack(word)
@@ -200,10 +195,4 @@ class _End:
             os.write(self._free, FREE)
 
     def _count_free(self) -> None:
-        freed = len(os.read(self._peer_free, SLOTS))
-        if not freed:
-            raise self._lost("it closed the wire")
-        self.num_free += freed
-
-    def _lost(self, why: str) -> TransportError:
-        return TransportError(f"rank {self.rank}: lost rank {self.peer}: {why}", self.peer)
+        self.num_free += len(take_word(self._peer_free, SLOTS, self.rank, self.peer))

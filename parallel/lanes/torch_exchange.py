@@ -70,7 +70,7 @@ class GlooWire:
         return wait
 
     def close(self) -> None:
-        pass  # see torch_links.disconnect
+        """Nothing: torch_links.disconnect ends it with all others."""
 
     def _wait(self, handle: dist.Work, peer: int, what: str, left_s: float) -> None:
         try:
@@ -115,4 +115,4 @@ class NcclWire:
         return wait
 
     def close(self) -> None:
-        pass  # see torch_links.disconnect
+        """Nothing: torch_links.disconnect ends it with all others."""

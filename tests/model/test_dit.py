@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vidgen.kernels.attention.api import attention_backend
 from vidgen.model.context import Context, KeyValue
 from vidgen.model.dit import DiT, DiTConfig
+from vidgen.model.patches import fold, unfold
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -137,12 +138,12 @@ def test_a_frames_noise_level_touches_that_frame_only_where_attention_is_windowe
 
 
 @pytest.mark.parametrize("patch", [(2, 2), (1, 1), (1, 3), (4, 2)], ids=str)
-def test_unfolding_patches_undoes_folding(patch: tuple[int, int], dit: Any, draw: Any):
-    model, latents = dit(patch=patch), draw(2, 3, 3, 4, 6)
+def test_unfolding_patches_undoes_folding(patch: tuple[int, int], draw: Any):
+    latents = draw(2, 3, 3, 4, 6)
     p, q = patch
-    folded = model._fold(latents)
+    folded = fold(latents, patch)
     assert folded.shape == (6, 3 * p * q, 4 // p, 6 // q)
-    assert torch.equal(model._unfold(folded, latents), latents)
+    assert torch.equal(unfold(folded, latents, patch), latents)
     places = [(c, i, j) for c in range(3) for i in range(p) for j in range(q)]
     for channel, (c, i, j) in enumerate(places):
         expected = latents[:, c, :, i::p, j::q].flatten(0, 1)

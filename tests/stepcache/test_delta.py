@@ -1,42 +1,22 @@
 """Delta: which layers are left out is known from the clock, and what stands for them from no other rank."""
 
-import json
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
 
-from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.lockstep import Clips
 from vidgen.denoise.loop import LoopState, Task, denoise, run_tick
 from vidgen.denoise.skipping import skipping_layers
-from vidgen.denoise.timetable import autoregressive, dualparal, full, moving_buffer, pipefusion
-from vidgen.journal import _flatten, _unflatten
+from vidgen.denoise.timetable import full, moving_buffer, pipefusion
 from vidgen.parallel.topology import Lanes
 from vidgen.sharing import check_lanes
-from vidgen.sparsity.making import make_policy
-from vidgen.sparsity.settings import SparsitySettings
 from vidgen.stepcache.delta import layers_left_out
 from vidgen.stepcache.settings import CacheSettings
-from vidgen.types import ContextMode, GuidanceMode, ResidualGuidance
 
 STEPS, LAYERS = 8, 4
-TIMETABLES = {
-    "full": full(5, STEPS),
-    "recompute": dualparal(9, STEPS, block_frames=2, context_frames=1),
-    "cache": dualparal(9, STEPS, block_frames=2, context_frames=1, mode=ContextMode.CACHE, stride=2),
-    "anchor": dualparal(13, STEPS, block_frames=2, context_frames=2, anchor_frames=1, stride=3),
-    "autoregressive": autoregressive(5, STEPS, block_frames=2, context_frames=1),
-    "experts": dualparal(9, STEPS, block_frames=2, context_frames=1, switch_step=5),
-}
-CUTS = [(4,), (2, 2), (1, 2, 1), (1, 1, 1, 1)]
-RESTORING = SparsitySettings(
-    policy="adaspa", density=0.4, restore=True, query_block=4, key_block=4, dense_above=1.0,
-    search_at=(0.2, 0.6),
-)  # fmt: skip
 
 
 def clean(task: Task, state: LoopState | None = None) -> list[torch.Tensor]:
@@ -81,16 +61,6 @@ def test_the_share_of_layers_is_rounded_to_one_at_least(share: float, count: int
     assert {len(layers) for layers in found} == {0, count}
 
 
-@pytest.mark.parametrize("nothing", [{"max_skips": 0}, {"layers": 0.0}], ids=str)
-@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
-def test_nothing_left_out_is_bitwise_dense(timetable: Any, nothing: dict[str, Any], make_task: Any):
-    task = make_task(timetable, "delta", **nothing)
-    assert_same(clean(task), clean(replace(task, cache=None)))
-    assert task.cache.tally.skipped == 0
-    assert task.cache.tally.forwards == timetable.num_forwards
-
-
-@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
 def test_layers_run_as_often_as_the_plan_says_and_less_than_dense(timetable: Any, make_task: Any):
     task, runs = make_task(timetable, "delta"), Counter[int]()
     hooks = [
@@ -115,7 +85,6 @@ def test_layers_run_as_often_as_the_plan_says_and_less_than_dense(timetable: Any
     assert any(not torch.equal(one, other) for one, other in zip(found, dense, strict=True))
 
 
-@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
 def test_a_step_leaves_out_layers_only_where_its_block_lent_all_that_it_is_to_lend(
     timetable: Any, make_task: Any
 ):
@@ -128,95 +97,6 @@ def test_a_step_leaves_out_layers_only_where_its_block_lent_all_that_it_is_to_le
             assert timetable.expert(step) == timetable.expert(ran)
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
-def test_any_number_of_ranks_gives_the_loops_latents_bit_for_bit(
-    timetable: Any, cut: Any, make_task: Any, threads: Any
-):
-    task = make_task(timetable, "delta")
-    expected = clean(task)
-    run = threads.run_pipeline(task, cut)
-    assert_same(run.latents, expected)
-    first = run.stages[0]
-    assert first.tally.as_dict() == task.cache.tally.as_dict()
-    assert first.tally.skipped > 0
-    assert all(not stage.lending.lent.attention for stage in run.stages), "nothing is left of a clean block"
-
-
-@pytest.mark.parametrize("options", [
-    {"guidance_mode": GuidanceMode.STACKED},
-    {"residual_guidance": ResidualGuidance.ONETIME},
-    {"residual_guidance": ResidualGuidance.SELF},
-    {"sparsity": RESTORING},
-], ids=str)  # fmt: skip
-def test_with_other_settings_too_ranks_give_the_loops_latents(options: Any, make_task: Any, threads: Any):
-    def fresh() -> Task:
-        if "sparsity" not in options:
-            return make_task(TIMETABLES["cache"], "delta", options=options)
-        policy = make_policy(options["sparsity"])
-        assert policy is not None
-        return make_task(TIMETABLES["cache"], "delta", options={"sparsity": Sparsity(policy=policy)})
-
-    assert_same(threads.run_pipeline(fresh(), (2, 1, 1)).latents, clean(fresh()))
-
-
-def test_lanes_of_guidance_give_the_loops_latents(make_task: Any, threads: Any):
-    task = make_task(TIMETABLES["recompute"], "delta")
-    assert_same(threads.run_pipeline(task, (2, 2), lanes=Lanes(guidance=2)).latents, clean(task))
-
-
-@pytest.mark.parametrize("after", [(2, 2), (1, 1, 1, 1)], ids=str)
-@pytest.mark.parametrize("before", [Lanes(), Lanes(guidance=2)], ids=str)
-@pytest.mark.parametrize("stop", [3, 4, 8])
-def test_stopped_on_some_ranks_and_gone_on_with_others_the_latents_are_the_loops(
-    stop: int, before: Any, after: Any, make_task: Any, threads: Any
-):
-    task = make_task(TIMETABLES["cache"], "delta")
-    expected = clean(task)
-    stopping = threads.Watched(stop_after=stop)
-    first = threads.run_pipeline(task, (3, 1), lanes=before, watched=stopping)
-    (next_tick,) = stopping.states
-    second = threads.run_pipeline(task, after, state=first.state(next_tick))
-    assert_same([*first.latents, *second.latents], expected)
-    skipped = first.stages[0].tally.skipped_at + second.stages[0].tally.skipped_at
-    assert skipped == +task.cache.tally.skipped_at
-
-
-@pytest.mark.parametrize("name", TIMETABLES)
-def test_a_job_stopped_anywhere_and_resumed_from_its_file_is_the_same(
-    name: str, make_task: Any, tmp_path: Any
-):
-    task = make_task(TIMETABLES[name], "delta")
-    expected, skipped_at = clean(task), task.cache.tally.skipped_at
-    again, state, found = make_task(TIMETABLES[name], "delta"), LoopState(), list[torch.Tensor]()
-    while state.next_tick < task.timetable.num_ticks:
-        found += [block.latents_BCFYX for block in run_tick(again, state)]
-        tensors, header = _flatten(state)
-        (tmp_path / "state").write_bytes(save(tensors, metadata={"state": json.dumps(header)}))
-        state = _unflatten(tmp_path / "state")
-    assert_same(found, expected)
-    assert again.cache.tally.skipped_at == skipped_at
-
-
-def test_an_error_in_a_tick_leaves_what_is_kept_as_it_was(make_task: Any):
-    task = make_task(TIMETABLES["cache"], "delta")
-    expected, state, tried = clean(task), LoopState(), Counter[int]()
-
-    def fail() -> None:
-        """At the second forward of every tick, once."""
-        tried[state.next_tick] += 1
-        if tried[state.next_tick] == 2:
-            raise KeyboardInterrupt
-
-    found: list[torch.Tensor] = []
-    while state.next_tick < task.timetable.num_ticks:
-        try:
-            found += [block.latents_BCFYX for block in run_tick(task, state, fail)]
-        except KeyboardInterrupt:
-            continue
-    assert_same(found, expected)
-
-
 def kept_at(task: Task, ticks: int) -> Any:
     """What is kept of block 0 after so many ticks: per run and layer, tensors by name."""
     state = LoopState()
@@ -225,21 +105,20 @@ def kept_at(task: Task, ticks: int) -> Any:
     return state.lent.attention[0]
 
 
-def test_branches_of_guidance_keep_changes_of_their_own(make_task: Any):
+def test_branches_of_guidance_keep_changes_of_their_own(timetables: Any, make_task: Any):
     """The branches' changes differ, and the prompt's is what it is without a negative branch."""
-    prompt, negative = kept_at(make_task(TIMETABLES["full"], "delta"), 1)
-    (alone,) = kept_at(make_task(TIMETABLES["full"], "delta", guidance_scale=1.0), 1)
+    prompt, negative = kept_at(make_task(timetables["full"], "delta"), 1)
+    (alone,) = kept_at(make_task(timetables["full"], "delta", guidance_scale=1.0), 1)
     for layer in (2, 3):
         assert not torch.equal(prompt[layer]["change"], negative[layer]["change"])
         assert torch.equal(prompt[layer]["change"], alone[layer]["change"])
 
 
-@pytest.mark.parametrize("name", TIMETABLES)
 def test_changes_are_kept_of_the_layers_that_the_next_step_leaves_out_and_of_no_other(
-    name: str, make_task: Any
+    timetable: Any, make_task: Any
 ):
     """So memory is bounded: no block that is clean has any, and no live one more than it will read."""
-    task, state = make_task(TIMETABLES[name], "delta"), LoopState()
+    task, state = make_task(timetable, "delta"), LoopState()
     while state.next_tick < task.timetable.num_ticks:
         run_tick(task, state)
         for block, runs in state.lent.attention.items():
@@ -255,7 +134,7 @@ def test_changes_are_kept_of_the_layers_that_the_next_step_leaves_out_and_of_no_
     assert not state.lent.attention
 
 
-def test_what_does_not_go_with_it_is_an_error_of_one_line(make_task: Any):
+def test_what_does_not_go_with_it_is_an_error_of_one_line(timetables: Any, make_task: Any):
     clips = Clips(num_frames=7, clip_frames=2, halo_frames=1, global_frames=2)
     with pytest.raises(ValueError, match="cache=delta with timetable=lockstep: .* take cache=taylor"):
         make_task(full(7, STEPS), "delta", options={"clips": clips})
@@ -267,4 +146,4 @@ def test_what_does_not_go_with_it_is_an_error_of_one_line(make_task: Any):
             make_task(timetable, "delta")
     for lanes in (Lanes(ulysses=2), Lanes(ring=2)):
         with pytest.raises(ValueError, match="cache=delta with ulysses=., ring=.: .* take layers on more"):
-            check_lanes(make_task(TIMETABLES["cache"], "delta"), lanes)
+            check_lanes(make_task(timetables["cache"], "delta"), lanes)

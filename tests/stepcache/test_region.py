@@ -1,6 +1,5 @@
 """Regions: which tokens run is decided once, on the first rank, and the same whatever ran where."""
 
-import json
 from dataclasses import replace
 from typing import Any
 
@@ -8,14 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
 
 from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.lockstep import Clips
 from vidgen.denoise.loop import LoopState, Task, denoise, run_tick
 from vidgen.denoise.skipping import regions_of
-from vidgen.denoise.timetable import autoregressive, dualparal, full, moving_buffer
-from vidgen.journal import _flatten, _unflatten
+from vidgen.denoise.timetable import full, moving_buffer
 from vidgen.model.context import KeyValue
 from vidgen.model.region import Region
 from vidgen.parallel.topology import Lanes
@@ -24,18 +21,8 @@ from vidgen.sparsity.making import make_policy
 from vidgen.sparsity.settings import SparsitySettings
 from vidgen.stepcache.region import choose, mix, steps_of_regions, tokens_that_run, wish
 from vidgen.stepcache.settings import CacheSettings
-from vidgen.types import ContextMode, GuidanceMode, ResidualGuidance
 
 STEPS = 8
-TIMETABLES = {
-    "full": full(5, STEPS),
-    "recompute": dualparal(9, STEPS, block_frames=2, context_frames=1),
-    "cache": dualparal(9, STEPS, block_frames=2, context_frames=1, mode=ContextMode.CACHE, stride=2),
-    "anchor": dualparal(13, STEPS, block_frames=2, context_frames=2, anchor_frames=1, stride=3),
-    "autoregressive": autoregressive(5, STEPS, block_frames=2, context_frames=1),
-    "experts": dualparal(9, STEPS, block_frames=2, context_frames=1, switch_step=5),
-}
-CUTS = [(4,), (2, 2), (1, 2, 1), (1, 1, 1, 1)]
 PATCH = (2, 3)
 
 
@@ -113,16 +100,6 @@ def test_keys_of_a_window_are_new_where_tokens_ran_behind_frames_that_did_not():
     assert region.turns(turns).flatten().tolist() == [4, 5, 6, 8]
 
 
-@pytest.mark.parametrize("nothing", [{"max_skips": 0}, {"ratio": 1.0}], ids=str)
-@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
-def test_nothing_left_out_is_bitwise_dense(timetable: Any, nothing: dict[str, Any], make_task: Any):
-    task = make_task(timetable, "region", **nothing)
-    assert_same(clean(task), clean(replace(task, cache=None)))
-    assert task.cache.tally.skipped == 0
-    assert task.cache.tally.forwards == timetable.num_forwards
-
-
-@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
 def test_layers_see_so_many_tokens_as_the_clock_says(timetable: Any, make_task: Any):
     task, seen = make_task(timetable, "region"), list[int]()
     hooks = [
@@ -144,71 +121,9 @@ def test_layers_see_so_many_tokens_as_the_clock_says(timetable: Any, make_task: 
     assert any(not torch.equal(one, other) for one, other in zip(found, dense, strict=True))
 
 
-@pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
-def test_any_number_of_ranks_gives_the_loops_latents_bit_for_bit(
-    timetable: Any, cut: Any, make_task: Any, threads: Any
-):
-    task = make_task(timetable, "region")
-    expected = clean(task)
-    run = threads.run_pipeline(task, cut)
-    assert_same(run.latents, expected)
-    first = run.stages[0]
-    assert first.tally.as_dict() == task.cache.tally.as_dict()
-    assert first.tally.skipped > 0
-    assert all(not stage.lending.lent.attention for stage in run.stages), "nothing is left of a clean block"
-
-
-@pytest.mark.parametrize("options", [
-    {"guidance_mode": GuidanceMode.STACKED},
-    {"residual_guidance": ResidualGuidance.ONETIME},
-    {"residual_guidance": ResidualGuidance.SELF},
-], ids=str)  # fmt: skip
-def test_with_other_settings_too_ranks_give_the_loops_latents(options: Any, make_task: Any, threads: Any):
-    task = make_task(TIMETABLES["cache"], "region", options=options)
-    assert_same(threads.run_pipeline(task, (2, 1, 1)).latents, clean(task))
-
-
-def test_lanes_of_guidance_give_the_loops_latents(make_task: Any, threads: Any):
-    task = make_task(TIMETABLES["recompute"], "region")
-    assert_same(threads.run_pipeline(task, (2, 2), lanes=Lanes(guidance=2)).latents, clean(task))
-
-
-@pytest.mark.parametrize("after", [(2, 2), (1, 1, 1, 1)], ids=str)
-@pytest.mark.parametrize("before", [Lanes(), Lanes(guidance=2)], ids=str)
-@pytest.mark.parametrize("stop", [3, 4, 8])
-def test_stopped_on_some_ranks_and_gone_on_with_others_the_latents_are_the_loops(
-    stop: int, before: Any, after: Any, make_task: Any, threads: Any
-):
-    task = make_task(TIMETABLES["cache"], "region")
-    expected = clean(task)
-    stopping = threads.Watched(stop_after=stop)
-    first = threads.run_pipeline(task, (3, 1), lanes=before, watched=stopping)
-    (next_tick,) = stopping.states
-    second = threads.run_pipeline(task, after, state=first.state(next_tick))
-    assert_same([*first.latents, *second.latents], expected)
-
-
-@pytest.mark.parametrize("name", TIMETABLES)
-def test_a_job_stopped_anywhere_and_resumed_from_its_file_is_the_same(
-    name: str, make_task: Any, tmp_path: Any
-):
-    task = make_task(TIMETABLES[name], "region")
-    expected, skipped_at = clean(task), task.cache.tally.skipped_at
-    again, state, found = make_task(TIMETABLES[name], "region"), LoopState(), list[torch.Tensor]()
-    while state.next_tick < task.timetable.num_ticks:
-        found += [block.latents_BCFYX for block in run_tick(again, state)]
-        tensors, header = _flatten(state)
-        (tmp_path / "state").write_bytes(save(tensors, metadata={"state": json.dumps(header)}))
-        state = _unflatten(tmp_path / "state")
-    assert_same(found, expected)
-    assert again.cache.tally.skipped_at == skipped_at
-
-
-@pytest.mark.parametrize("name", TIMETABLES)
-def test_what_the_next_step_needs_is_kept_and_nothing_else(name: str, make_task: Any):
+def test_what_the_next_step_needs_is_kept_and_nothing_else(timetable: Any, make_task: Any):
     """So memory is bounded: no block that is clean has any, and no live one more than it will read."""
-    task, state = make_task(TIMETABLES[name], "region"), LoopState()
+    task, state = make_task(timetable, "region"), LoopState()
     regions = regions_of(task)
     assert regions is not None
     while state.next_tick < task.timetable.num_ticks:
@@ -224,19 +139,19 @@ def test_what_the_next_step_needs_is_kept_and_nothing_else(name: str, make_task:
     assert not state.lent.attention
 
 
-def test_more_tokens_are_nearer_to_all(make_task: Any):
+def test_more_tokens_are_nearer_to_all(timetables: Any, make_task: Any):
     """On average over prompts' noise: errors fall as the share of tokens that run grows."""
     errors = dict.fromkeys((0.25, 0.5, 0.75), 0.0)
     for seed in range(4):
-        task = make_task(TIMETABLES["full"], "region", seed=seed)
+        task = make_task(timetables["full"], "region", seed=seed)
         (dense,) = clean(replace(task, cache=None))
         for ratio in errors:
-            (found,) = clean(make_task(TIMETABLES["full"], "region", seed=seed, ratio=ratio))
+            (found,) = clean(make_task(timetables["full"], "region", seed=seed, ratio=ratio))
             errors[ratio] += float((found - dense).norm() / dense.norm())
     assert sorted(errors, key=errors.__getitem__) == [0.75, 0.5, 0.25]
 
 
-def test_what_does_not_go_with_it_is_an_error_of_one_line(make_task: Any):
+def test_what_does_not_go_with_it_is_an_error_of_one_line(timetables: Any, make_task: Any):
     clips = Clips(num_frames=7, clip_frames=2, halo_frames=1, global_frames=2)
     with pytest.raises(ValueError, match="cache=region with timetable=lockstep: .* take cache=taylor"):
         make_task(full(7, STEPS), "region", options={"clips": clips})
@@ -245,8 +160,8 @@ def test_what_does_not_go_with_it_is_an_error_of_one_line(make_task: Any):
         make_task(buffer, "region")
     for lanes in (Lanes(ulysses=2), Lanes(ring=2)):
         with pytest.raises(ValueError, match="cache=region with ulysses=., ring=.: .* take layers on more"):
-            check_lanes(make_task(TIMETABLES["cache"], "region"), lanes)
+            check_lanes(make_task(timetables["cache"], "region"), lanes)
     policy = make_policy(SparsitySettings(policy="local", query_block=4, key_block=4))
     assert policy is not None
     with pytest.raises(ValueError, match="cache=region with sparsity: .* leave one of both out"):
-        make_task(TIMETABLES["cache"], "region", options={"sparsity": Sparsity(policy=policy)})
+        make_task(timetables["cache"], "region", options={"sparsity": Sparsity(policy=policy)})

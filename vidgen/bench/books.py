@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from vidgen.bench.items import random_model
 from vidgen.bench.rendering import PROMPT
 from vidgen.config import parse_job
 from vidgen.denoise.loop import FinishedBlock, LoopState
 from vidgen.engine import Engine
 from vidgen.parallel.first import FirstStage, OfferedChange, default_in_flight
 from vidgen.parallel.pipeline import Links
+from vidgen.parallel.place import random_model
 from vidgen.parallel.planner.hardware import Rate
 from vidgen.parallel.shapes import Shapes
 from vidgen.parallel.topology import Stage

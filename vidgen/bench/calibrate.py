@@ -18,18 +18,19 @@ import torch
 
 from vidgen.bench.books import books_s
 from vidgen.bench.busy import among_ranks
-from vidgen.bench.items import random_model, run_of
+from vidgen.bench.items import run_of
 from vidgen.bench.machine import machine_facts
 from vidgen.bench.output_rates import ENOUGH_S, FRAMES, Clock, decode_rate, latents_of, rate, write_rate
 from vidgen.bench.passes import middle
 from vidgen.bench.random_wan import Sizes, make_hollow_wan
 from vidgen.bench.rendering import PROMPT
-from vidgen.bench.two_ranks import gpu_process_bytes, link_rates, process_bytes
+from vidgen.bench.two_ranks import gpu_process_bytes, link_rates
 from vidgen.config import parse_job
 from vidgen.denoise.loop import make_window, take_step
 from vidgen.engine import Engine
 from vidgen.known_sizes import KNOWN
 from vidgen.limits import available_memory_bytes
+from vidgen.parallel.place import random_model
 from vidgen.parallel.planner.hardware import Hardware, LinkRate, Rate
 from vidgen.parallel.planner.work import (
     attention_flops,
@@ -59,7 +60,7 @@ def calibrate(model: str = "builtin", device: str | None = None, passes: int | N
     counts: a machine has slow minutes. A GPU has none, and one pass is enough.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    held = gpu_process_bytes() if device == "cuda" else process_bytes()  # before anything of the model
+    held = gpu_process_bytes() if device == "cuda" else 0  # before anything of the model
     passes = passes or (PASSES if device == "cpu" else 1)
     with _checkpoint(model) as place:
         engine = Engine.from_pretrained(place, with_dit=False)
@@ -67,14 +68,13 @@ def calibrate(model: str = "builtin", device: str | None = None, passes: int | N
         threads, before = plan.job.threads or 1, torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            found = [_measured(engine, plan, Clock(device, threads), threads) for _ in range(passes)]
+            found = [_measured(engine, plan, Clock(device, threads), held) for _ in range(passes)]
         finally:
             torch.set_num_threads(before)
     source = f"vidgen bench calibrate of {model}, torch {torch.__version__}, {threads} threads a rank"
     gloo = "between_nodes is" if device == "cpu" else "link, exchange and between_nodes are"
     source = f"{source}, {datetime.date.today()}; {gloo} gloo on this node"
-    found_bytes = max(profile.process_bytes for profile in found)
-    return replace(middle(found), source=source, process_bytes=max(held, found_bytes))
+    return replace(middle(found), source=source)
 
 
 @contextmanager
@@ -93,7 +93,8 @@ def _checkpoint(model: str) -> Iterator[str]:
         yield str(make_hollow_wan(Path(folder), sizes))
 
 
-def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardware:
+def _measured(engine: Engine, plan: Plan, clock: Clock, process_bytes: int) -> Hardware:
+    """One pass; what a process holds is known of a GPU, and measured of a rank on a CPU."""
     device, cores = clock.device, os.cpu_count() or 1
     config = engine.config
     tokens, text = _tokens_per_frame(plan), _num_text_tokens(plan)
@@ -113,7 +114,7 @@ def _measured(engine: Engine, plan: Plan, clock: Clock, threads: int) -> Hardwar
         memory_bytes=_gpu_bytes() if device == "cuda" else available_memory_bytes(),
         shares_memory=device == "cpu",
         ranks_per_node=torch.cuda.device_count() if device == "cuda" else MAX_RANKS,
-        process_bytes=0,
+        process_bytes=process_bytes,
         layers={config.dtype: layers},
         attention={config.dtype: attention},
         joining=_joining(plan, clock),

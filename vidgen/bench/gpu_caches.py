@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from vidgen.bench.gpu_plans import FULL, GpuCase, measure
-from vidgen.bench.items import random_model
 from vidgen.bench.machine import machine_facts, table
 from vidgen.known_sizes import KNOWN
+from vidgen.parallel.place import random_model
 
 QUEUE = {"timetable": "dualparal", "block_frames": 8, "context_frames": 4, "context_mode": "recompute"}
 CASES = (GpuCase(num_frames=81, queue=FULL), GpuCase(num_frames=129, queue=QUEUE))

@@ -17,7 +17,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from vidgen.bench.items import random_model
 from vidgen.bench.machine import machine_facts, table
 from vidgen.bench.plans import ALLOWED
 from vidgen.bench.rendering import PROMPT
@@ -28,6 +27,7 @@ from vidgen.denoise.task import make_task
 from vidgen.known_sizes import KNOWN, film_like
 from vidgen.model.dit import DiT
 from vidgen.model.rope import rotations
+from vidgen.parallel.place import random_model
 from vidgen.parallel.planner.hardware import Hardware, Rate, load_hardware
 from vidgen.parallel.planner.plan import Planned, examine
 from vidgen.parallel.planner.schemes import Scheme

@@ -1,36 +1,22 @@
-"""Runs of a model as a render does them, with random weights: what profiles and benches time."""
+"""Runs of a model's layers as a render does them: what profiles time."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from vidgen.model.context import Context, KeyValue, LayerKeyValues
-from vidgen.model.dit import Conditioning, DiT, DiTConfig
-from vidgen.parallel.place import strip
-from vidgen.parallel.topology import Stage
+from vidgen.model.dit import Conditioning, DiT
 
 # B batch, F latent frames, S tokens per frame, D width, N text tokens
 
 
-def random_model(config: DiTConfig, num_layers: int, device: str) -> DiT:
-    """The model with so many layers of random weights."""
-    stage = Stage(0, 1, range(num_layers))
-    model = strip(replace(config, num_layers=num_layers), stage).to_empty(device=device)
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, device=device) * 0.02)
-    return model.eval().requires_grad_(False)
-
-
 def run_of(
-    model: DiT, frames: int, tokens: int, text_tokens: int, others: int = 0, *, attends: bool = True,
-    ends: bool = False,
-) -> Callable[[], object]:  # fmt: skip
+    model: DiT, frames: int, tokens: int, text_tokens: int, others: int = 0, *, attends: bool = True
+) -> Callable[[], object]:
     """A run of a model's layers on so many frames of so many tokens.
 
     With keys of `others` frames before and after them to join, and as many lent; without self-attention
-    unless it `attends`; projected if `ends`.
+    unless it `attends`.
     """
     config, like = model.config, {"device": model.device, "dtype": model.dtype}
     x_BFSD = torch.randn(1, frames, tokens, config.width, **like)
@@ -42,9 +28,8 @@ def run_of(
     def of_others(count: int) -> LayerKeyValues:
         if not count:
             return ()
-        return (KeyValue(*(torch.randn(1, count, tokens, *heads, **like) for _ in range(2))),) * len(
-            model.layers
-        )
+        kv = KeyValue(*(torch.randn(1, count, tokens, *heads, **like) for _ in range(2)))
+        return (kv,) * len(model.layers)
 
     sides = others // 2, others - others // 2
     context = Context(*map(of_others, sides))
@@ -56,6 +41,6 @@ def run_of(
         for kv in lent:  # copies for those who will join them
             for count in sides:
                 kv.frames(0, count)
-        return model.project(out, noise, grid) if ends else out
+        return out
 
     return run

@@ -1,4 +1,4 @@
-"""Messages between two processes of one machine, and what a rank's process holds."""
+"""Messages between two processes of one machine, and what one holds of a GPU."""
 
 import multiprocessing
 import os
@@ -16,13 +16,12 @@ import torch.distributed as dist
 
 from vidgen.parallel.lanes.exchange import Exchange
 from vidgen.parallel.lanes.shared_exchange import open_shared_wire
-from vidgen.parallel.memory import peak_memory_bytes
 from vidgen.parallel.planner.hardware import LinkRate
 from vidgen.parallel.shared_links import SharedIncoming, SharedOutgoing
 from vidgen.parallel.transport import Header, Kind, MessageLayout
 
 SMALL, LARGE = 64, 2**20  # numbers of a message
-LAYERS, ROW = 2**18, 32  # of a layer's exchange, and of what lies together in it
+EXCHANGED, ROW = 2**18, 32  # of a layer's exchange, and of what lies together in it
 ROUNDS = 40
 DEADLINE_S = 120.0
 ENDS = {"rank": 0, "peer": 1, "depth": 2, "timeout_s": DEADLINE_S}
@@ -34,12 +33,7 @@ def link_rates() -> tuple[LinkRate, LinkRate, LinkRate]:
     with tempfile.TemporaryDirectory() as folder:
         swapped = _together(_swapping_end, 2, f"{folder}/swapped")[0]
         gloo = _together(_gloo_end, 2, f"file://{folder}/store")[0]
-    return _as_rate(shared, LARGE), _as_rate(swapped, LAYERS), _as_rate(gloo, LARGE)
-
-
-def process_bytes() -> int:
-    """What a rank's process holds before it has loaded anything of a model."""
-    return _together(_memory, 1)[0]
+    return _as_rate(shared, LARGE), _as_rate(swapped, EXCHANGED), _as_rate(gloo, LARGE)
 
 
 def gpu_process_bytes() -> int:
@@ -109,15 +103,6 @@ def _in_order(index: int, swap: Callable[[Any], Any]) -> tuple[int, int]:
     return index, peer
 
 
-def _memory(_: int, swap: Callable[[Any], Any]) -> int:
-    import vidgen.parallel.actors  # noqa: F401 - what a rank's process imports
-
-    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))  # buffers that a first product brings
-    swap(0)
-    swap(0)
-    return peak_memory_bytes()
-
-
 def _shared_end(index: int, swap: Callable[[Any], Any]) -> tuple[float, float]:
     layout = MessageLayout((LARGE,), torch.float32)
     incoming = SharedIncoming(layout, **ENDS)
@@ -146,7 +131,7 @@ def _swapping_end(index: int, swap: Callable[[Any], Any], place: str) -> tuple[f
     wire = open_shared_wire(index, (0, 1), store, tag=0, timeout_s=DEADLINE_S)
     assert wire is not None, "two processes of one machine"
     exchange, taken = Exchange(index, 2, wire), []
-    for size in (SMALL, LAYERS):
+    for size in (SMALL, EXCHANGED):
         tensor = torch.zeros(size // ROW, 2, ROW)
         with _rounds(taken, messages=1) as rounds:
             for _ in rounds:

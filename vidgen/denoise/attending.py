@@ -53,10 +53,6 @@ class Attending:
         self.layer_numbers, self.num_layers = layers, num_layers
         self._this_tick: dict[int, list[list[State]]] = {}
 
-    def runs_a_region(self, block: int, step: int) -> bool:
-        """Whether only some tokens of a block are run at a step."""
-        return self.regions is not None and self.regions.only_some(block, step)
-
     def attends(self, block: int, step: int, run: int, grid: Grid, context: Context) -> list[LayerRun]:
         """How each layer at hand is run in a run of a block's step; runs come in order."""
         runs = self._this_tick.setdefault(block, [])
@@ -65,7 +61,7 @@ class Attending:
         states: list[State] = list(before[run]) if before else [{} for _ in self.layer_numbers]
         runs.append(states)
         if self.regions is not None:
-            return self._of_region(block, step, states, grid)
+            return self._of_region(self.regions, block, step, states, grid)
         now, next_ones = self._left_out(block, step), self._left_out(block, step + 1)
         attend_in = (
             None if self.sparsity is None else self._sparse(self.sparsity, states, step, grid, context)
@@ -87,9 +83,11 @@ class Attending:
 
         return [run_of(index, layer) for index, layer in enumerate(self.layer_numbers)]
 
-    def _of_region(self, block: int, step: int, states: list[State], grid: Grid) -> list[LayerRun]:
+    def _of_region(
+        self, regions: Regions, block: int, step: int, states: list[State], grid: Grid
+    ) -> list[LayerRun]:
         """How each layer is run where a step cache leaves out tokens; with plain attention."""
-        is_now, is_next = self.runs_a_region(block, step), self.runs_a_region(block, step + 1)
+        is_now, is_next = regions.only_some(block, step), regions.only_some(block, step + 1)
         frames_before = grid[0] - self.timetable.block(block).num_frames
 
         def keep(index: int, layer: int, window: KeyValue, x_BFSD: Tensor) -> None:

@@ -146,24 +146,15 @@ class ClipAttention:
 def turns_in_time(
     by: tuple[int, ...], tokens: int, head_width: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(cosines, signed sines) [F*S, 1, D] that move each frame's keys so many frames on."""
-    each = [turn_in_time(num_frames, head_width, theta, device) for num_frames in by]
-    cosines, sines = (
-        torch.cat(tables).repeat_interleave(tokens, dim=0) for tables in zip(*each, strict=True)
-    )
-    return cosines, sines
+    """(cosines, signed sines) [F*S, 1, D] that move each frame's keys so many frames on.
 
-
-@lru_cache(maxsize=1024)
-@torch.inference_mode(False)  # kept for later calls
-def turn_in_time(
-    num_frames: int, head_width: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(cosines, signed sines) [1, 1, D] that move a key so many frames on; see vidgen/model/rope.py."""
+    See vidgen/model/rope.py.
+    """
     temporal, *spatial = axis_widths(head_width)
     frequencies = theta ** (-torch.arange(0, temporal, 2, dtype=torch.float64) / temporal)
-    angles = torch.cat((num_frames * frequencies, torch.zeros(sum(spatial) // 2, dtype=torch.float64)))
+    still = torch.zeros(len(by), sum(spatial) // 2, dtype=torch.float64)
+    angles = torch.cat((torch.tensor(by)[:, None] * frequencies, still), dim=1)  # [F, D/2]
     cosines, sines = angles.cos().float(), angles.sin().float()
-    signed = torch.stack((-sines, sines), dim=-1).flatten()
-    shape = 1, 1, head_width
-    return cosines.repeat_interleave(2).view(shape).to(device), signed.view(shape).to(device)
+    tables = cosines.repeat_interleave(2, dim=1), torch.stack((-sines, sines), dim=-1).flatten(1)
+    turned, signed = (table.repeat_interleave(tokens, dim=0).unsqueeze(1).to(device) for table in tables)
+    return turned, signed

@@ -1,4 +1,4 @@
-"""Whether a step cache skips a forward, or some layers of it: the same on every rank, whatever ran where."""
+"""Whether a step cache skips a forward, or some layers or tokens of it: the same on every rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

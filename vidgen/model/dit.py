@@ -34,6 +34,7 @@ from vidgen.model.layers import (
     random_rows,
 )
 from vidgen.model.part import Part
+from vidgen.model.patches import add_linear_estimate, fold, unfold
 from vidgen.model.region import Region
 from vidgen.model.rope import rotations
 
@@ -245,7 +246,9 @@ class DiT(nn.Module):
                 f"latents of {channels} channels: this model needs {wanted}, of which the last "
                 f"{self.config.condition_channels} are given"
             )
-        patched = self._fold(latents_BCFYX.to(self.patch_in.weight.dtype))  # [B*F, C*p*q, Y/p, X/q]
+        patched = fold(
+            latents_BCFYX.to(self.patch_in.weight.dtype), self.config.patch
+        )  # [B*F, C*p*q, Y/p, X/q]
         x_BFSD = self.patch_in(patched).flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
         # contiguous: a stage that got these tokens as a message has them so, and sums depend on strides
         return x_BFSD.contiguous()
@@ -335,8 +338,10 @@ class DiT(nn.Module):
     def velocity(self, out: Tensor, latents_BCFYX: Tensor, noise_level_BF: Tensor) -> Tensor:
         """Velocity [B, C, F, Y, X] of the latents that `out` is the projection of, in their dtype."""
         latents_BCFYX = latents_BCFYX[:, : self.config.latent_channels]
-        out = self._unfold(out, latents_BCFYX).to(latents_BCFYX.dtype)
-        return self._add_linear_estimate(out, latents_BCFYX, noise_level_BF)
+        out = unfold(out, latents_BCFYX, self.config.patch).to(latents_BCFYX.dtype)
+        if not self.config.linear_skip:
+            return out
+        return add_linear_estimate(out, latents_BCFYX, noise_level_BF, self.variance)
 
     @property
     def device(self) -> torch.device:
@@ -394,33 +399,3 @@ class DiT(nn.Module):
         backend = self.attention_backend or current_backend()
         turns = None if region is None else (region.turns(cosines[own]), region.turns(sines[own]))
         return Positions(cosines, sines, own, window, backend, region, turns)
-
-    def _fold(self, latents_BCFYX: Tensor) -> Tensor:
-        """[B*F, C*p*q, Y/p, X/q]: patches become channels."""
-        p, q = self.config.patch
-        frames_first = latents_BCFYX.transpose(1, 2).flatten(0, 1)
-        patches = frames_first.unflatten(3, (-1, q)).unflatten(2, (-1, p))  # [BF, C, Y/p, p, X/q, q]
-        return patches.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-
-    def _unfold(self, patched: Tensor, like_BCFYX: Tensor) -> Tensor:
-        p, q = self.config.patch
-        patches = patched.unflatten(1, (-1, p, q)).permute(0, 1, 4, 2, 5, 3)
-        frames_first = patches.flatten(4, 5).flatten(2, 3)
-        return frames_first.unflatten(0, (like_BCFYX.shape[0], -1)).transpose(1, 2)
-
-    def _add_linear_estimate(self, out: Tensor, latents_BCFYX: Tensor, noise_level_BF: Tensor) -> Tensor:
-        """Velocity from an output of unit variance, given per-channel variance of clean latents.
-
-        The best linear estimate of clean x from z = (1-t)x + t*noise is (1-t)v z / s, s = (1-t)^2 v + t^2;
-        the network adds sqrt(v / s) times its output (EDM preconditioning, arXiv 2206.00364, written for flow
-        matching and per channel). Its output is a correction plus a gain times z / sqrt(s): the gain lets a
-        narrow network take noise out of many channels (a plain background) without carrying them.
-        """
-        if not self.config.linear_skip:
-            return out
-        correction, gain = out.chunk(2, dim=1)
-        t = noise_level_BF.to(out.dtype).view(out.shape[0], 1, -1, 1, 1)
-        variance = self.variance.to(out.dtype).view(1, -1, 1, 1, 1)
-        total = (1 - t).square() * variance + t.square()
-        out = correction + gain * latents_BCFYX * total.rsqrt()
-        return latents_BCFYX * ((t - (1 - t) * variance) / total) - out * (variance / total).sqrt()
