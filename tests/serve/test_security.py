@@ -22,6 +22,7 @@ from websockets.sync.client import connect
 from tests.serve.conftest import RunningServer, running
 from vidgen.serve.app import make_app, serve
 from vidgen.serve.config import load_server_config
+from vidgen.serve.http.security import Tickets
 
 KEYS = {"ada": "key-of-ada", "ben": "key-of-ben"}
 BODY_LIMIT = 256 * 1024
@@ -222,9 +223,22 @@ def test_an_expired_ticket_opens_nothing(tmp_path_factory: pytest.TempPathFactor
     data = tmp_path_factory.mktemp("expiring") / "data"
     keys = [{"name": "ada", "sha256": hashlib.sha256(b"k").hexdigest()}]
     with running(data, ready=False, keys=keys, timings={"ticket_s": 1}) as found, found.client("k") as client:
-        text = ticket(client)
-        time.sleep(2.1)
-        assert handshake(found, f"?ticket={text}") == 401
+        answer = client.post("/v1/tickets", json={}).json()
+        time.sleep(max(answer["expires_at"] - time.time(), 0) + 0.1)
+        assert handshake(found, f"?ticket={answer['ticket']}") == 401
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
+def test_a_ticket_lasts_as_long_as_was_said(part: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = 1_795_823_099 + part
+    monkeypatch.setattr(time, "time", lambda: started)
+    tickets = Tickets(1.0)
+    text, issued = tickets.issue("ada")
+    monkeypatch.setattr(time, "time", lambda: started + 0.99)
+    assert tickets.to_connect(text) is issued
+    text, issued = tickets.issue("ada")
+    monkeypatch.setattr(time, "time", lambda: float(issued.expires_at))
+    assert tickets.to_connect(text) is None
 
 
 @pytest.mark.parametrize(

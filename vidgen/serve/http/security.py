@@ -5,6 +5,7 @@
 
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import time
@@ -52,7 +53,7 @@ class Ticket:
 
     owner: str
     video_id: str | None
-    expires_at: int  # unix seconds
+    expires_at: int  # unix seconds; a part of a second counts whole, so that no ticket ends early
     is_used: bool = False  # by a WebSocket
 
 
@@ -74,7 +75,7 @@ class Tickets:
             )  # fmt: skip
         text = secrets.token_urlsafe(32)
         lifetime_s = self.socket_s if video_id is None else VIDEO_TICKET_S
-        ticket = Ticket(owner=owner, video_id=video_id, expires_at=int(now + lifetime_s))
+        ticket = Ticket(owner=owner, video_id=video_id, expires_at=math.ceil(now + lifetime_s))
         self._tickets[_digest(text)] = ticket
         return text, ticket
 
