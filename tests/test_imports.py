@@ -114,13 +114,32 @@ ROOMS: dict[str, Room] = {
             "vidgen.families",
             "vidgen.parallel",
             "vidgen.planning",
+            "vidgen.sharing",
+            "vidgen.stepcache",
             "vidgen.types",
         )
     ),
     "vidgen.known_sizes": Room(
-        engine=("vidgen.config", "vidgen.denoise", "vidgen.model", "vidgen.parallel", "vidgen.types")
+        engine=(
+            "vidgen.config",
+            "vidgen.denoise",
+            "vidgen.model",
+            "vidgen.parallel",
+            "vidgen.sharing",
+            "vidgen.stepcache",
+            "vidgen.types",
+        )
     ),
-    "vidgen.sharing": Room(engine=("vidgen.config", "vidgen.denoise", "vidgen.parallel", "vidgen.types")),
+    "vidgen.sharing": Room(
+        engine=(
+            "vidgen.config",
+            "vidgen.denoise",
+            "vidgen.parallel",
+            "vidgen.sparsity.settings",
+            "vidgen.stepcache.settings",
+            "vidgen.types",
+        )
+    ),
     "vidgen.run": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),
     "vidgen.render": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train")),
     "vidgen.engine": Room(engine=("vidgen",), but_not=(*FACES, "vidgen.train", "vidgen.render")),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vidgen.config import JobConfig
+from vidgen.denoise.checks import check_scheme
 from vidgen.denoise.guidance import num_branches
 from vidgen.families.family import Family
 from vidgen.parallel.planner.hardware import Hardware
@@ -11,6 +12,8 @@ from vidgen.parallel.planner.plan import Planned, best, plans
 from vidgen.parallel.planner.schemes import Scheme, schemes
 from vidgen.parallel.planner.work import Film
 from vidgen.planning import make_clips, make_timetable
+from vidgen.sharing import closed_axes, known_to
+from vidgen.stepcache.cache import make_cache
 from vidgen.types import GuidanceMode, ResidualGuidance
 
 WAN_TEXT_TOKENS = 512  # to which its texts are padded; see vidgen/conditioning/umt5.py
@@ -63,15 +66,21 @@ def film_of(family: Family, job: JobConfig) -> Film:
         stacked=job.queue.guidance == GuidanceMode.STACKED,
         pixels_per_frame=sizes.temporal_stride * job.height * job.width,
         decode_bytes=family.decode_bytes(job.height, job.width),
+        cache=make_cache(job.cache),
+        levels=tuple(_levels(family, job)),
+        closed=closed_axes(job.cache, job.attention.sparsity, job.queue.guidance),
     )
 
 
 def own_scheme(family: Family, job: JobConfig) -> Scheme:
-    """The scheme that a resolved job asks for."""
+    """The scheme that a resolved job asks for. ValueError for one that its other settings do not know."""
     assert job.num_frames and job.queue.timetable
     frames = family.sizes.num_latent_frames(job.num_frames)
     timetable = make_timetable(job, frames, _switch_step(family, job))
-    return Scheme(name=job.queue.timetable, timetable=timetable, clips=make_clips(job, frames))
+    scheme = Scheme(name=job.queue.timetable, timetable=timetable, clips=make_clips(job, frames))
+    is_sparse = job.attention.sparsity.policy != "none"
+    check_scheme(timetable, scheme.clips, job.cache, is_sparse=is_sparse)
+    return scheme
 
 
 def schemes_of(family: Family, job: JobConfig, *, lossy: bool = False) -> Sequence[Scheme]:
@@ -89,16 +98,20 @@ def schemes_of(family: Family, job: JobConfig, *, lossy: bool = False) -> Sequen
         switch_step=own.timetable.switch_step,
         lossy=lossy,
     )
-    return [own, *(other for other in others if other.label != own.label)]
+    return [own, *(other for other in known_to(job, others) if other.label != own.label)]
 
 
 def _switch_step(family: Family, job: JobConfig) -> int | None:
     """The first step of a second expert."""
     if family.boundary is None:
         return None
+    return next(step for step, level in enumerate(_levels(family, job)) if level < family.boundary)
+
+
+def _levels(family: Family, job: JobConfig) -> Sequence[float]:
+    """Of noise, at every step and after the last one."""
     assert job.num_inference_steps and job.shift
-    _, levels = family.make_solver(job.solver, job.num_inference_steps, job.shift)
-    return next(step for step, level in enumerate(levels) if level < family.boundary)
+    return family.make_solver(job.solver, job.num_inference_steps, job.shift)[1]
 
 
 def _text_tokens(family: Family) -> int:

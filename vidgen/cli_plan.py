@@ -60,6 +60,7 @@ def plan(
         "dtype": film.dit.dtype,
         "ranks": job.parallel.ranks,
         "hardware": machine.name,
+        **({"cache": _skipped(film, choice)} if film.cache is not None else {}),
     }
     if as_json:
         write_line("stdout", json.dumps(_as_data(shown, found, choice, why), indent=2))
@@ -70,6 +71,18 @@ def plan(
     if not machine.measured:
         write_line("stdout", f"rates of {machine.name}: {machine.source}")
     return OK
+
+
+def _skipped(film: "Film", choice: "Planned") -> str:
+    """What a step cache leaves out of the chosen plan."""
+    assert film.cache is not None
+    method = film.cache.settings.method
+    if choice.steps is None or not choice.steps.is_known:
+        return f"{method} (which steps it skips is not known beforehand: times are those without it)"
+    skipped, in_part = choice.steps.num_skipped, choice.steps.num_in_part
+    told = [f"{count} of {film.num_steps} steps {how}" for count, how in
+            ((skipped, "skipped"), (in_part, "run in part")) if count]  # fmt: skip
+    return f"{method} ({', '.join(told) or 'no step skipped'})"
 
 
 def _film_and_schemes(job: "JobConfig", lossy: bool) -> "tuple[Film, Sequence[Scheme]]":

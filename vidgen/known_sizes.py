@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 
 from vidgen.config import JobConfig
 from vidgen.denoise.guidance import num_branches
+from vidgen.denoise.schedule import noise_levels
 from vidgen.model.dit import DiTConfig
 from vidgen.parallel.planner.schemes import Scheme, schemes
 from vidgen.parallel.planner.work import Film
+from vidgen.sharing import closed_axes, known_to
+from vidgen.stepcache.cache import make_cache
 from vidgen.types import ContextMode, GuidanceMode
 
 
@@ -25,6 +28,7 @@ class Known:
     context_frames: int = 8
     strides: tuple[int, int] = (4, 8)  # pixel frames per latent frame, pixels per latent row
     text_tokens: int = 512
+    shift: float = 5.0  # of noise levels
 
 
 KNOWN = {
@@ -46,17 +50,21 @@ def film_like(name: str, job: JobConfig) -> Film:
     if height % least or width % least:
         raise ValueError(f"size={width}x{height}: need multiples of {least}")
     scale = known.guidance_scale if job.guidance_scale is None else job.guidance_scale
+    num_steps = job.num_inference_steps or known.num_steps
     return Film(
         dit=known.dit if job.dtype is None else replace(known.dit, dtype=job.dtype),
         num_experts=1,
         num_frames=-(-(job.num_frames or known.num_frames) // per_frame),
-        num_steps=job.num_inference_steps or known.num_steps,
+        num_steps=num_steps,
         latent_rows=height // per_row,
         latent_columns=width // per_row,
         text_tokens=known.text_tokens,
         branches=num_branches(scale),
         stacked=job.queue.guidance == GuidanceMode.STACKED,
         pixels_per_frame=per_frame * height * width,
+        cache=make_cache(job.cache),
+        levels=tuple(noise_levels(num_steps, job.shift or known.shift)),
+        closed=closed_axes(job.cache, job.attention.sparsity, job.queue.guidance),
     )
 
 
@@ -73,4 +81,4 @@ def schemes_like(name: str, job: JobConfig, film: Film, *, lossy: bool = False) 
         has_mixed_levels=False,
         lossy=lossy,
     )
-    return [scheme for scheme in found if queue.timetable in (None, scheme.name)]
+    return known_to(job, [scheme for scheme in found if queue.timetable in (None, scheme.name)])

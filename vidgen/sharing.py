@@ -1,8 +1,14 @@
 """How a job's ranks share its work, and which ways there are not."""
 
-from vidgen.config import ParallelConfig
+from collections.abc import Iterable
+
+from vidgen.config import JobConfig, ParallelConfig
+from vidgen.denoise.checks import check_scheme
 from vidgen.denoise.loop import Task
-from vidgen.parallel.topology import AXES, Lanes, by_hand, check_num_ranks
+from vidgen.parallel.planner.schemes import Scheme
+from vidgen.parallel.topology import AXES, Axis, Lanes, by_hand, check_num_ranks
+from vidgen.sparsity.settings import SparsitySettings
+from vidgen.stepcache.settings import CacheSettings
 from vidgen.types import GuidanceMode
 
 
@@ -42,6 +48,32 @@ def check_parallel(parallel: ParallelConfig, num_layers: int) -> None:
         ) from error
 
 
+def closed_axes(cache: CacheSettings, sparsity: SparsitySettings, guidance: GuidanceMode) -> frozenset[Axis]:
+    """The axes that `check_lanes` refuses to a task of these settings."""
+    closed: set[Axis] = set()
+    if cache.skips_layers or cache.skips_tokens:
+        closed |= {"ring", "ulysses"}
+    if sparsity.policy != "none":
+        closed |= {"ring"} if sparsity.heads_are_alike else {"ring", "ulysses"}
+    if guidance == GuidanceMode.STACKED:
+        closed |= {"guidance"}
+    return frozenset(closed)
+
+
+def known_to(job: JobConfig, found: Iterable[Scheme]) -> list[Scheme]:
+    """Those schemes that the job's step cache and sparse attention know."""
+    is_sparse = job.attention.sparsity.policy != "none"
+
+    def is_known(scheme: Scheme) -> bool:
+        try:
+            check_scheme(scheme.timetable, scheme.clips, job.cache, is_sparse=is_sparse)
+        except ValueError:
+            return False
+        return True
+
+    return [scheme for scheme in found if is_known(scheme)]
+
+
 def check_lanes(task: Task, lanes: Lanes) -> None:
     """ValueError in one line for lanes that this task cannot be shared among."""
     if lanes.guidance > 2:
@@ -65,10 +97,11 @@ def check_lanes(task: Task, lanes: Lanes) -> None:
             f"cache={task.cache.settings.method} with ulysses={lanes.ulysses}, ring={lanes.ring}: keeps "
             "whole frames; take layers on more ranks instead, or cache=taylor"
         )
-    searches = task.sparsity is not None and getattr(task.sparsity.policy, "searches", True)
-    if lanes.sequence > 1 and task.sparsity is not None and (searches or lanes.ring > 1):
+    sparse = None if task.sparsity is None else task.sparsity.policy
+    if sparse is not None and (lanes.ring > 1 or (lanes.ulysses > 1 and not sparse.heads_are_alike)):
         axis = "ring" if lanes.ring > 1 else "ulysses"
         raise ValueError(
-            f"{axis}={getattr(lanes, axis)} with sparsity={task.sparsity.policy.name}: "
-            "ulysses knows sparsity that does not search, ring none; leave one of them out"
+            f"{axis}={getattr(lanes, axis)} with sparsity={sparse.name}: ulysses knows radial, local and "
+            "sliding_tile with restore=false and one window for all heads, ring no sparsity; leave one of "
+            "them out"
         )

@@ -52,7 +52,7 @@ class CostModel:
         self.runs = 1 if is_stacked or lanes.guidance > 1 else film.branches
 
     def lane_frames(self, item: Item) -> int:
-        """Frames of a window that the fullest lane holds."""
+        """Frames of a window that the fullest lane holds, whether they run or not."""
         if self.clips is None:
             return item.window
         return min(item.window, share(self.clips.num_clips, self.lanes.clip) * self.clips.clip_frames)
@@ -67,8 +67,7 @@ class CostModel:
     def calls(self, item: Item) -> tuple[int, float, float]:
         """(calls of self-attention in a lane, frames of queries and of keys in each)."""
         if self.clips is None:
-            frames = item.window * self.batch
-            return 1, frames, item.window + item.context
+            return 1, item.running * self.batch, item.window + item.context
         middle = self.clips.num_clips // 2
         seen = len(self.clips.window(middle)) + len(self.clips.globals(middle))
         num_clips = share(self.clips.num_clips, self.lanes.clip)
@@ -78,9 +77,10 @@ class CostModel:
         """One layer's work on a window."""
         film, lanes, hardware = self.film, self.lanes, self.hardware
         dit, tokens = film.dit, film.tokens_per_frame
-        local = self.batch * self.lane_frames(item) * share(tokens, lanes.sequence)
+        frames = self.lane_frames(item) if self.clips is not None else item.running
+        local = self.batch * frames * share(tokens, lanes.sequence)
         linear_s = hardware.layer_rate(dit.dtype).seconds_of(linear_flops(dit, local, film.text_tokens))
-        if item.context:  # their keys are turned, and joined to the own ones
+        if item.context or item.part.tokens < 1:  # keys kept are turned, and joined to those just made
             joined = self.batch * (item.window + item.context) * share(tokens, lanes.sequence)
             linear_s += hardware.joining.seconds_of(joined * dit.width)
         num_calls, queries, keys = self.calls(item)
@@ -154,8 +154,10 @@ class CostModel:
 
     def stage_s(self, topology: Topology, item: Item) -> list[float]:
         """Seconds of one run of the model, stage by stage, without the solver's."""
-        layer_s = self.layer(item).seconds
-        seconds = [self.hardware.item_s + count * layer_s for count in topology.layers_per_stage]
+        layer_s, left_out = self.layer(item).seconds, item.part.left_out
+        held = [topology.stage(rank).layers for rank in range(topology.num_stages)]
+        counts = [sum(layer not in left_out for layer in layers) for layers in held]
+        seconds = [self.hardware.item_s + count * layer_s for count in counts]
         seconds[0] += self.first_s(item)
         seconds[-1] += self.last_s(item)
         return seconds

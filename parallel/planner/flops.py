@@ -1,9 +1,7 @@
 """Floating-point operations of a whole render: what there is to do, whoever does it and however fast."""
 
-from functools import lru_cache
-
-from vidgen.denoise.timetable import Timetable
 from vidgen.parallel.planner.schemes import Scheme
+from vidgen.parallel.planner.steps import Steps, all_steps, item_counts
 from vidgen.parallel.planner.work import (
     Film,
     attention_flops,
@@ -12,37 +10,32 @@ from vidgen.parallel.planner.work import (
     linear_flops,
     out_channels,
 )
-from vidgen.parallel.simulation.attempt import course_of
 from vidgen.parallel.simulation.workload import Item
 
 
-def render_flops(film: Film, scheme: Scheme, *, ran: float = 1.0, density: float = 1.0) -> float:
+def render_flops(
+    film: Film, scheme: Scheme, *, ran: float = 1.0, density: float = 1.0, steps: Steps | None = None
+) -> float:
     """Of all runs of the model in a render: layers, embedding and projection; not of the codec.
 
     `ran` is the share of the forwards that no step cache skipped, `density` that of the pairs of queries and
-    keys in self-attention that were not left out, both means over the render.
+    keys in self-attention that were not left out, both means over the render. Or `steps` say what runs.
     """
-    counts = item_counts(scheme.timetable, film.branches)
+    counts = item_counts(scheme.timetable, steps or all_steps(scheme.timetable, film.branches))
     return ran * sum(count * _run_flops(film, scheme, item, density) for item, count in counts.items())
-
-
-@lru_cache(maxsize=64)
-def item_counts(timetable: Timetable, runs: int) -> dict[Item, int]:
-    """How often the model runs on windows of each size, with so many runs a forward."""
-    course = course_of(timetable, (runs,) * timetable.num_steps)
-    return {item: int(count) for item, count in zip(course.kinds, course.counts(), strict=True)}
 
 
 def _run_flops(film: Film, scheme: Scheme, item: Item, density: float) -> float:
     """Of one run of the model for one branch of guidance."""
     dit, per_frame = film.dit, film.tokens_per_frame
-    tokens = item.window * per_frame
+    tokens = item.running * per_frame
     pairs = tokens * (item.window + item.context) * per_frame
     if scheme.clips is not None:
         clips = range(scheme.clips.num_clips)
         seen = ((scheme.clips.own(c), scheme.clips.window(c), scheme.clips.globals(c)) for c in clips)
         pairs = sum(len(own) * (len(window) + len(far)) for own, window, far in seen) * per_frame**2
     layer = linear_flops(dit, tokens, film.text_tokens) + density * attention_flops(dit.width, pairs, 1)
-    ends = end_flops(dit, tokens, first_channels(dit))
+    # all tokens are embedded, for where they lie; those of the blocks that ran are projected
+    ends = end_flops(dit, item.window * per_frame, first_channels(dit))
     ends += end_flops(dit, item.own * per_frame, out_channels(dit))
-    return dit.num_layers * layer + ends
+    return (dit.num_layers - len(item.part.left_out)) * layer + ends

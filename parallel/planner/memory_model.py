@@ -30,6 +30,7 @@ class Memory:
     weights: int = 0
     activations: int = 0
     keys: int = 0  # and values, that blocks or patches lend one another
+    cache: int = 0  # what a step cache keeps of live blocks
     latents: int = 0
     messages: int = 0
     decoding: int = 0
@@ -70,6 +71,7 @@ def _of_stage(
         weights=numbers * film.num_experts * width,
         activations=_activations(model, item, stage),
         keys=_keys(model, timetable, len(stage.layers), item),
+        cache=_cache(model, timetable, stage, item),
         latents=_latents(model, timetable) if stage.is_first else 0,
         messages=messages,
         decoding=decoding,
@@ -107,6 +109,26 @@ def _keys(model: CostModel, timetable: Timetable, num_layers: int, item: Item) -
     runs = model.runs * model.batch
     row = 2 * share(film.tokens_per_frame, model.lanes.sequence) * film.dit.width * film.token_bytes
     return (lenders * runs + collected * model.batch) * num_layers * row
+
+
+def _cache(model: CostModel, timetable: Timetable, stage: Stage, item: Item) -> int:
+    """What a step cache keeps here of every live block; see vidgen/limits.py."""
+    film = model.film
+    if film.cache is None:
+        return 0
+    settings, layers, width = film.cache.settings, len(stage.layers), film.dit.width
+    live = min(ceil(timetable.num_steps / timetable.stride), timetable.num_blocks)
+    blocks, frames = live * model.runs * model.batch, model.lane_frames(item)
+    context, own = timetable.context_frames, min(timetable.block_frames, timetable.num_frames)
+    rows = 2 * layers * context  # of the width: keys and values that were lent last
+    if settings.skips_layers:  # changes of all tokens, and of lending blocks their keys and values
+        rows += layers * frames * (3 if context or timetable.anchor_frames else 1)
+    if settings.skips_tokens:  # keys and values of whole windows and the last tokens: old and new
+        rows += 2 * (2 * layers * frames + own)
+    held = rows * share(film.tokens_per_frame, model.lanes.sequence) * width * film.token_bytes
+    if stage.is_first:  # outputs
+        held += (1 + (settings.order or 0)) * own * film.elements_per_frame * FLOAT_BYTES
+    return blocks * held
 
 
 def _latents(model: CostModel, timetable: Timetable) -> int:

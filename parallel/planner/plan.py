@@ -12,12 +12,14 @@ from vidgen.denoise.timetable import Timetable
 from vidgen.parallel.first import default_in_flight
 from vidgen.parallel.links import DEPTH_BYTES, DEPTHS
 from vidgen.parallel.planner.cost_model import CostModel
-from vidgen.parallel.planner.flops import item_counts, render_flops
+from vidgen.parallel.planner.flops import render_flops
 from vidgen.parallel.planner.hardware import Hardware
 from vidgen.parallel.planner.memory_model import Memory, rank_memory
 from vidgen.parallel.planner.schemes import Scheme
+from vidgen.parallel.planner.steps import Steps, item_counts, steps_of
 from vidgen.parallel.planner.work import Film
 from vidgen.parallel.simulation.simulate import Item, Link, Run, Work, simulate
+from vidgen.parallel.simulation.workload import WHOLE
 from vidgen.parallel.topology import AXES, Lanes, Topology
 
 SETTLING = 3  # rounds until how busy ranks are and how much they slow each other agree
@@ -39,6 +41,7 @@ class Planned:
     decoding_share: float = 0.0  # of the time, that the decoder is at work
     sent_bytes: int = 0  # by all ranks, of the whole render
     flops: float = 0.0  # of all runs of the model, on all ranks
+    steps: Steps | None = None  # what of the model runs at each
 
     @property
     def timetable(self) -> Timetable:
@@ -106,6 +109,7 @@ def topologies(film: Film, scheme: Scheme, num_ranks: int) -> Iterator[tuple[Lan
         "ring": film.tokens_per_frame,
         "ulysses": min(film.dit.num_heads, film.tokens_per_frame),
     }
+    most |= dict.fromkeys(film.closed, 1)
     for clip in _divisors(num_ranks, most["clip"]):
         for guidance in _divisors(num_ranks // clip, most["guidance"]):
             left = num_ranks // clip // guidance
@@ -120,17 +124,21 @@ def examine(film: Film, hardware: Hardware, scheme: Scheme, lanes: Lanes, num_st
     """One plan: whether it fits, and what it takes if it does."""
     num_ranks = lanes.num_lanes * num_stages
     model = CostModel(film, hardware, lanes, num_ranks, scheme.clips)
-    counts = item_counts(scheme.timetable, model.runs)
-    typical = max(counts, key=lambda item: (counts[item], item.window))
+    steps = steps_of(film, scheme.timetable, model.runs)
+    counts = item_counts(scheme.timetable, steps)
+    whole = [item for item in counts if item.part == WHOLE]
+    typical = max(whole, key=lambda item: (counts[item], item.window))
     topology = model.cut(num_stages, typical)
     memory = rank_memory(model, topology, scheme.timetable)
     too_much = _too_much(hardware, topology, memory)
     if too_much is not None:
         return Planned(scheme=scheme, topology=topology, memory=memory, does_not_fit=too_much)
-    run = _run(model, topology, scheme.timetable, typical)
-    layer = model.layer(typical)
-    layer_bytes = sum(count * model.layer(item).sent_bytes for item, count in counts.items())
-    sent = sum(run.bytes_per_link) + layer_bytes * film.dit.num_layers
+    run = _run(model, topology, scheme.timetable, typical, steps)
+    layer, num_layers = model.layer(typical), film.dit.num_layers
+    sent = sum(run.bytes_per_link) + sum(
+        count * model.layer(item).sent_bytes * (num_layers - len(item.part.left_out))
+        for item, count in counts.items()
+    )
     sent += sum(count * model.step_bytes(item) for item, count in counts.items())
     return Planned(
         scheme=scheme,
@@ -143,16 +151,17 @@ def examine(film: Film, hardware: Hardware, scheme: Scheme, lanes: Lanes, num_st
         waiting_share=layer.exchange_s / layer.seconds,
         decoding_share=scheme.timetable.num_blocks * _decode_s(model, scheme.timetable, 1) / run.makespan_s,
         sent_bytes=round(sent * lanes.num_lanes),
-        flops=render_flops(film, scheme),
+        flops=render_flops(film, scheme, steps=steps_of(film, scheme.timetable, film.branches)),
+        steps=steps,
     )
 
 
-def _run(model: CostModel, topology: Topology, timetable: Timetable, typical: Item) -> Run:
+def _run(model: CostModel, topology: Topology, timetable: Timetable, typical: Item, steps: Steps) -> Run:
     """The render simulated, ranks slowing each other as much as they are at work at once."""
     hardware, num_ranks = model.hardware, topology.num_ranks
     run, slow = None, hardware.slowdown(num_ranks)
     for _ in range(SETTLING if hardware.busy else 1):
-        run = simulate(timetable, _work(model, topology, timetable, typical, slow))
+        run = simulate(timetable, _work(model, topology, timetable, typical, steps, slow))
         num_busy = sum(run.busy_s) * topology.lanes.num_lanes / run.makespan_s
         num_busy += _decode_s(model, timetable, 1) * timetable.num_blocks / run.makespan_s * (num_ranks > 1)
         settled = hardware.slowdown(num_busy)
@@ -163,7 +172,9 @@ def _run(model: CostModel, topology: Topology, timetable: Timetable, typical: It
     return run
 
 
-def _work(model: CostModel, topology: Topology, timetable: Timetable, typical: Item, slow: float) -> Work:
+def _work(
+    model: CostModel, topology: Topology, timetable: Timetable, typical: Item, steps: Steps, slow: float
+) -> Work:
     """What the simulator is told."""
     num_ranks, lanes = topology.num_ranks, topology.lanes
     hop, result = model.hop_bytes(typical), model.result_bytes(typical)
@@ -172,7 +183,8 @@ def _work(model: CostModel, topology: Topology, timetable: Timetable, typical: I
     link = Link(rate.latency_s, rate.bytes_per_s)
     return Work(
         stage_s=lambda item: [slow * seconds for seconds in model.stage_s(topology, item)],
-        runs_at=lambda step: model.runs,
+        runs_at=lambda step: steps.runs[step],
+        part_at=lambda step: steps.parts[step],
         solver_s=slow * model.solver_s(typical),
         hop=link,
         hop_bytes=hop,

@@ -8,6 +8,8 @@ from vidgen.denoise.timetable import Timetable
 from vidgen.model.dit import DiTConfig
 from vidgen.model.dtypes import DTYPES
 from vidgen.parallel.simulation.workload import Item
+from vidgen.parallel.topology import Axis
+from vidgen.stepcache.cache import StepCache
 from vidgen.types import ContextMode
 
 
@@ -26,7 +28,9 @@ class Film:
     stacked: bool  # branches as one batch
     pixels_per_frame: int  # that a latent frame stands for
     decode_bytes: int = 0
-    switch_step: int | None = None
+    cache: StepCache | None = None  # every step is run without
+    levels: tuple[float, ...] = ()  # of noise, at every step and after the last; a cache's rules are by them
+    closed: frozenset[Axis] = frozenset()  # ways to share the work that the job's settings do not know
 
     @property
     def tokens_per_frame(self) -> int:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.parallel.simulation.row import Load, Row, Times, nanoseconds, served
-from vidgen.parallel.simulation.workload import Item
+from vidgen.parallel.simulation.workload import WHOLE, Item, Part
 
 ALWAYS = -(2**61)  # at hand before anything
 NEVER_SENT = -(2**40)
+SKIPPED = -1  # in place of a kind: the model is not run
 
 # n items of a tick, in order
 
@@ -27,13 +28,13 @@ NEVER_SENT = -(2**40)
 class TickItems:
     """The items of a tick: what each is, and what it waits for."""
 
-    kinds_n: Times  # which of Course.kinds
+    kinds_n: Times  # which of Course.kinds, or SKIPPED
     needs_n: Times  # how many items must have come back, counted from the tick's first one: 0 or below
     ends_forward_n: NDArray[np.bool_]
     finishes_n: Times  # how many blocks are clean with its result
 
 
-def item_of(timetable: Timetable, forward: Forward) -> Item:
+def item_of(timetable: Timetable, forward: Forward, part: Part = WHOLE) -> Item:
     """The size of a forward's runs."""
     before = forward.before_latents
     others = (forward.before_kv, forward.after_kv, forward.anchor_kv, *forward.patches_kv)
@@ -41,14 +42,15 @@ def item_of(timetable: Timetable, forward: Forward) -> Item:
         own=sum(timetable.block(block).num_frames for block, _ in forward.parts),
         before=before.num_frames if before is not None else 0,
         context=sum(read.num_frames for read in others if read is not None),
+        part=part,
     )
 
 
 class Course:
     """The ticks of a timetable as items. In steady ones a tick is as the one a stride earlier was."""
 
-    def __init__(self, timetable: Timetable, runs: Sequence[int]) -> None:
-        self.timetable, self.runs = timetable, runs  # of the model, of each step
+    def __init__(self, timetable: Timetable, runs: Sequence[int], parts: Sequence[Part]) -> None:
+        self.timetable, self.runs, self.parts = timetable, runs, parts  # of the model, of each step
         self.kinds: dict[Item, int] = {}
         steps, stride = timetable.num_steps, timetable.stride
         # from the tick after the third block has become the oldest, until the last one enters
@@ -73,7 +75,8 @@ class Course:
         counts_k = np.zeros(len(self.kinds), np.int64)
         for tick, found in self._ticks.items():
             times = len(range(tick, steady.stop, stride)) if tick in steady else 1
-            counts_k += times * np.bincount(found.kinds_n, minlength=len(self.kinds))
+            ran_n = found.kinds_n[found.kinds_n != SKIPPED]
+            counts_k += times * np.bincount(ran_n, minlength=len(self.kinds))
         return counts_k
 
     def blocks_before(self, tick: int) -> int:
@@ -86,7 +89,7 @@ class Course:
         came: dict[tuple[int, int], int] = {}  # (block, steps done) -> items of the last tick until then
         count = 0
         for forward in timetable.forwards(tick - 1) if tick else ():
-            count += runs[forward.step]
+            count += runs[forward.step] or 1
             came |= {(block, step + 1): count for block, step in forward.parts}
         rows = []
         for forward in timetable.forwards(tick):
@@ -95,19 +98,21 @@ class Course:
                 reads.append((forward.before_latents.block, forward.before_latents.step))
             # what an earlier tick made has been taken: something of the last tick needed it, or newer things
             need = max(came.get(read, NEVER_SENT) for read in reads) - count
-            kind = item_of(timetable, forward)
-            number = self.kinds.setdefault(kind, len(self.kinds))
+            number, num_runs = SKIPPED, runs[forward.step]
+            if num_runs:
+                kind = item_of(timetable, forward, self.parts[forward.step])
+                number = self.kinds.setdefault(kind, len(self.kinds))
             finishes = sum(step + 1 == timetable.num_steps for _, step in forward.parts)
-            for left in reversed(range(runs[forward.step])):
+            for left in reversed(range(num_runs or 1)):
                 rows.append((number, need, not left, 0 if left else finishes))
         kinds_n, needs_n, ends_n, finishes_n = np.array(rows, np.int64).T
         return TickItems(kinds_n, needs_n, ends_n.astype(bool), finishes_n)
 
 
 @lru_cache(maxsize=32)
-def course_of(timetable: Timetable, runs: tuple[int, ...]) -> Course:
+def course_of(timetable: Timetable, runs: tuple[int, ...], parts: tuple[Part, ...]) -> Course:
     """The course of a timetable; the same one for each of many simulations."""
-    return Course(timetable, runs)
+    return Course(timetable, runs, parts)
 
 
 class Attempt:
@@ -167,10 +172,14 @@ class Attempt:
                 in_order_n = np.arange(part.start, part.stop)
                 upto_n = np.maximum(upto_n, in_order_n + 1 + away_before - self.work.max_in_flight)
             taken = away_before + start - self._away.shape[1]
-            done_n = self._computed(np.maximum.accumulate(np.maximum(upto_n - taken, 0)), load.first_n)
-            self._send(tick_items, part, self.row.passed(load, done_n, self._free_m))
+            ran_n = tick_items.kinds_n[part] != SKIPPED
+            first_n = np.zeros(len(ran_n), np.int64)
+            first_n[ran_n] = load.first_n
+            back_n = self._computed(np.maximum.accumulate(np.maximum(upto_n - taken, 0)), first_n)
+            back_n[ran_n] = self.row.passed(load, back_n[ran_n], self._free_m)  # others are known at once
+            self._send(tick_items, part, back_n)
             self.busy_w += load.busy_w
-        self.items += num_items
+            self.items += int(ran_n.sum())
         self.tick += 1
 
     def _load(self, tick_items: TickItems, part: slice) -> Load:

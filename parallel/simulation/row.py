@@ -60,16 +60,18 @@ class Row:
         self._spell = -1, np.ones(self.num_stages), np.ones(self.num_stages)
 
     def load(self, kinds_n: NDArray[np.int64], tick: int, part: slice) -> Load:
-        """What a part of a tick's items takes."""
-        stage_nw = self.stage_kw[kinds_n[part]]
+        """What a part of a tick's items takes, without those of no kind, which are skipped."""
+        ran_n = np.arange(len(kinds_n))[part]
+        ran_n = ran_n[kinds_n[ran_n] >= 0]
+        stage_nw = self.stage_kw[kinds_n[ran_n]]
         link_w, latency_w = self._link_w, self._latency_w
         if not self.is_noiseless:
             slow_w, slow_link_w = self._slowness(tick)
-            stage_nw = (stage_nw * self._jitter(tick, len(kinds_n))[part] * slow_w).astype(np.int64)
+            stage_nw = (stage_nw * self._jitter(tick, len(kinds_n))[ran_n] * slow_w).astype(np.int64)
             link_w = (link_w * slow_link_w).astype(np.int64)
         if self._has_queues:
             duration_nm = np.stack([stage_nw, np.broadcast_to(link_w, stage_nw.shape)], axis=2)
-            duration_nm = duration_nm.reshape(len(stage_nw), -1)[:, 1:]
+            duration_nm = duration_nm.reshape(len(stage_nw), 2 * self.num_stages)[:, 1:]
             delay_m = np.stack([np.zeros_like(latency_w), latency_w], axis=1).ravel()
         else:
             duration_nm, delay_m = stage_nw[:, 1:], link_w + latency_w

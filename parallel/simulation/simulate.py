@@ -26,7 +26,8 @@ def simulate(timetable: Timetable, work: Work, faults: Faults = NONE, seed: int 
 
     ValueError when failures come faster than states can be saved.
     """
-    course = course_of(timetable, tuple(work.runs_at(step) for step in range(timetable.num_steps)))
+    steps = range(timetable.num_steps)
+    course = course_of(timetable, tuple(map(work.runs_at, steps)), tuple(map(work.part_at, steps)))
     row = Row(work, faults, seed, list(course.kinds))
     num_ranks = row.num_stages * work.num_lanes + work.decodes_apart
     failures = _failures(faults.failures_per_rank_hour * num_ranks, seed)

@@ -5,17 +5,34 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What of the model is run, where a step cache leaves out some of it."""
+
+    left_out: range = range(0)  # layers
+    tokens: float = 1.0  # share of a frame's; if not all, then of the blocks' own frames only
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """The size of one run of the model, in latent frames."""
 
     own: int  # of the blocks in the window
     before: int = 0  # recomputed context in front of them
     context: int = 0  # whose K,V are read: frames of the blocks around, and the anchor
+    part: Part = WHOLE
 
     @property
     def window(self) -> int:
-        """Frames that pass through the layers."""
+        """Frames that are seen, and in most runs pass through the layers."""
         return self.own + self.before
+
+    @property
+    def running(self) -> float:
+        """Frames' worth of tokens that pass through the layers."""
+        return self.window if self.part.tokens == 1 else self.own * self.part.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +57,8 @@ class Work:
     """
 
     stage_s: Callable[[Item], Sequence[float]]
-    runs_at: Callable[[int], int] = lambda step: 1  # runs of the model per forward of a step
+    runs_at: Callable[[int], int] = lambda step: 1  # runs of the model per forward of a step; 0: is skipped
+    part_at: Callable[[int], Part] = lambda step: WHOLE  # of the model, that they run
     solver_s: float = 0.0
     hop: Link = Link()  # from stage to stage
     hop_bytes: int = 0

@@ -72,6 +72,26 @@ def test_without_guidance_there_are_no_branches_to_share(run: Run):
     assert all(plan["axes"]["guidance"] == 1 for plan in found["plans"])
 
 
+def test_a_step_cache_is_counted_where_its_steps_are_known(run: Run):
+    asked = ("--ranks", 2, "--num-inference-steps", 20)
+    whole = planned(run, *asked)
+    taylor, tea = (planned(run, *asked, "--cache", method) for method in ("taylor", "tea"))
+    assert "cache" not in whole
+    assert taylor["cache"] == "taylor (10 of 20 steps skipped)"
+    assert tea["cache"].startswith("tea (which steps it skips is not known beforehand")
+    seconds = {(plan["video"], str(plan["axes"])): plan["seconds"] for plan in whole["plans"]}
+    shares = [plan["seconds"] / seconds[plan["video"], str(plan["axes"])] for plan in taylor["plans"]]
+    assert 0.4 < min(shares) < max(shares) < 1
+    assert "buffer" not in " ".join(plan["video"] for plan in taylor["plans"])  # it knows no cache
+
+
+def test_no_plan_is_one_that_a_render_would_refuse(run: Run):
+    found = planned(run, "--ranks", 2, "--cache", "delta", "--num-inference-steps", 20)
+    assert "run in part" in found["cache"]
+    assert all(plan["axes"]["ulysses"] == plan["axes"]["ring"] == 1 for plan in found["plans"])
+    assert not {"lockstep", "buffer"} & {plan["video"].split()[0] for plan in found["plans"]}
+
+
 def test_a_profile_of_ones_own_is_taken_and_what_does_not_fit_is_told(run: Run):
     values = dump_hardware(load_hardware("cpu")) | {"name": "tiny", "memory_bytes": 2**20}
     Path("tiny.yaml").write_text(yaml.safe_dump(values))

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from vidgen.choosing import film_of, own_scheme
 from vidgen.config import parse_job
 from vidgen.engine import Engine
-from vidgen.parallel.planner.flops import item_counts, render_flops
+from vidgen.parallel.planner.flops import render_flops
+from vidgen.parallel.planner.steps import all_steps, item_counts, steps_of
 from vidgen.parallel.simulation.attempt import item_of
 from vidgen.planning import resolve_job
 from vidgen.sparsity.settings import SparsitySettings
@@ -51,11 +52,25 @@ def test_they_are_those_that_torch_counts(engine: Engine, name: str):
     assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.parametrize("method", ["taylor", "mag", "delta", "region"])
+@pytest.mark.parametrize("name", ["full", "recompute", "cache"])
+def test_a_step_caches_are_those_that_torch_counts(engine: Engine, name: str, method: str):
+    asked = {**JOB, "num_inference_steps": 12, "queue": QUEUES[name], "cache": {"method": method}}
+    asked["num_frames"] = 33
+    job = resolve_job(engine.family, parse_job(asked), SparsitySettings())
+    with FlopCounterMode(display=False, custom_mapping=OF_CPU) as counter:
+        engine(output_type="latent", **asked)
+    film, scheme = film_of(engine.family, job), own_scheme(engine.family, job)
+    found = render_flops(film, scheme, steps=steps_of(film, scheme.timetable, film.branches))
+    assert found < 0.95 * render_flops(film, scheme)
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
 @pytest.mark.parametrize("name", QUEUES)
 def test_every_forward_is_counted(engine: Engine, name: str):
     job = resolve_job(engine.family, parse_job({**JOB, "queue": QUEUES[name]}), SparsitySettings())
     table = own_scheme(engine.family, job).timetable
-    counts = item_counts(table, 2)
+    counts = item_counts(table, all_steps(table, 2))
     forwards = [item_of(table, forward) for tick in table.ticks() for forward in tick]
     assert counts == {item: 2 * forwards.count(item) for item in forwards}
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidgen.config import parse_job, resolve
+from vidgen.denoise.schedule import noise_levels
 from vidgen.denoise.timetable import dualparal
 from vidgen.model.dit import DiTConfig
 from vidgen.parallel.planner.cost_model import CostModel
@@ -17,10 +18,13 @@ from vidgen.parallel.planner.hardware import Hardware, LinkRate, Rate
 from vidgen.parallel.planner.plan import Planned, best, examine, plans, topologies
 from vidgen.parallel.planner.reasons import reasons, why
 from vidgen.parallel.planner.schemes import Scheme, schemes
+from vidgen.parallel.planner.steps import all_steps, item_counts
 from vidgen.parallel.planner.work import Film
 from vidgen.parallel.simulation.workload import Item
 from vidgen.parallel.topology import Lanes
 from vidgen.planning import make_clips, make_timetable
+from vidgen.stepcache.cache import StepCache, make_cache
+from vidgen.stepcache.settings import CacheSettings
 from vidgen.types import ContextMode, Recommended
 
 DIT = DiTConfig(latent_channels=8, width=64, num_layers=6, num_heads=4, ffn_width=256, text_width=16)
@@ -39,6 +43,16 @@ SIZES: dict[str, Any] = {"block_frames": 4, "context_frames": 2, "mode": Context
 ALL = schemes(24, 5, lossy=True, **SIZES)
 FULL = next(scheme for scheme in ALL if scheme.name == "full")
 QUEUE = next(scheme for scheme in ALL if scheme.name == "dualparal")
+
+
+def cache(**settings: Any) -> StepCache:
+    made = make_cache(CacheSettings(**settings))
+    assert made is not None
+    return made
+
+
+def levels_of(num_steps: int) -> tuple[float, ...]:
+    return tuple(noise_levels(num_steps))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 6, 8])
@@ -123,6 +137,55 @@ def test_one_process_takes_the_sum_of_its_parts(mode: ContextMode):
     pixels = 22 * FILM.pixels_per_frame
     total += HARDWARE.decode_alone.seconds_of(pixels) + HARDWARE.write.seconds_of(pixels)
     assert plan.seconds == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", list(ContextMode))
+def test_a_step_cache_takes_off_the_runs_that_it_skips(mode: ContextMode):
+    table = dualparal(24, 9, block_frames=4, context_frames=2, mode=mode)
+    film, scheme = replace(FILM, num_steps=9), Scheme(name="dualparal", timetable=table)
+    cached = replace(film, cache=cache(method="taylor", warm_up_steps=2), levels=levels_of(9))
+    whole, saved = (examine(each, HARDWARE, scheme, Lanes(), 1) for each in (film, cached))
+    assert saved.steps and saved.steps.runs == (2, 2, 0, 0, 2, 0, 0, 2, 2)
+    model = CostModel(cached, HARDWARE, Lanes(), 1)
+    runs = sum(
+        count * (HARDWARE.item_s + DIT.num_layers * model.layer(item).seconds + model.first_s(item)
+                 + model.last_s(item))
+        for item, count in item_counts(table, saved.steps).items()
+    )  # fmt: skip
+    rest = whole.seconds - sum(
+        count * (HARDWARE.item_s + DIT.num_layers * model.layer(item).seconds + model.first_s(item)
+                 + model.last_s(item))
+        for item, count in item_counts(table, all_steps(table, 2)).items()
+    )  # fmt: skip
+    assert saved.seconds == pytest.approx(runs + rest, rel=1e-4)
+    assert saved.flops < 0.6 * whole.flops
+    assert saved.memory_bytes > whole.memory_bytes
+
+
+@pytest.mark.parametrize(("method", "least"), [("delta", 0.5), ("region", 0.5), ("mag", 0.3)])
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_every_foreseen_cache_makes_a_plan_quicker(method: str, least: float, num_stages: int):
+    curve = {"magnitudes": ((1.0, 1.0), (0.0, 1.05))} if method == "mag" else {}
+    film = replace(FILM, num_steps=12, latent_rows=32, latent_columns=32)
+    scheme = Scheme(name="dualparal", timetable=dualparal(24, 12, block_frames=4, context_frames=2))
+    cached = replace(film, cache=cache(method=method, **curve), levels=levels_of(12))
+    whole, saved = (examine(each, HARDWARE, scheme, Lanes(), num_stages) for each in (film, cached))
+    assert least * whole.seconds < saved.seconds < 0.98 * whole.seconds
+    assert saved.first_frame_s < whole.first_frame_s
+
+
+def test_steps_that_are_not_known_beforehand_count_as_run():
+    film = replace(FILM, cache=cache(method="tea"), levels=levels_of(5))
+    plan = examine(film, HARDWARE, QUEUE, Lanes(), 2)
+    assert plan.steps and not plan.steps.is_known and not plan.steps.num_skipped
+    assert plan.seconds == examine(FILM, HARDWARE, QUEUE, Lanes(), 2).seconds
+
+
+def test_axes_that_a_jobs_settings_do_not_know_are_never_proposed():
+    film = replace(FILM, closed=frozenset({"ulysses", "guidance"}))
+    found = plans(film, HARDWARE, 4, ALL)
+    assert found and all(plan.axes["ulysses"] == plan.axes["guidance"] == 1 for plan in found)
+    assert any(plan.axes["ring"] > 1 for plan in found)
 
 
 def test_with_free_messages_lanes_halve_the_time_of_what_they_share():

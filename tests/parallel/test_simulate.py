@@ -21,6 +21,7 @@ from vidgen.parallel.simulation import simulate as simulator
 from vidgen.parallel.simulation.attempt import Attempt
 from vidgen.parallel.simulation.simulate import Faults, Item, Link, Work, simulate
 from vidgen.parallel.simulation.traced import work_from_trace
+from vidgen.parallel.simulation.workload import Part
 from vidgen.parallel.slots import least_slots
 from vidgen.types import ContextMode
 
@@ -45,13 +46,21 @@ def queues(draw: Any, mode: Any = None) -> Timetable:
 
 @st.composite
 def works(draw: Any) -> Work:
-    """Whole seconds of all kinds, so that sums are exact: uneven stages, slow links, a slow decoder."""
+    """Whole seconds of all kinds, so that sums are exact: uneven stages, slow links, a slow decoder.
+
+    Some steps are skipped, some run in part.
+    """
     stages = draw(st.lists(st.integers(1, 5), min_size=1, max_size=5))
     runs = draw(st.integers(1, 2))
     seconds = st.integers(0, 7)
+    skipped = draw(st.sets(st.integers(1, 8)))
+    partial = draw(st.sets(st.integers(1, 8)))
     return Work(
-        stage_s=lambda item: [float(stage * item.window + item.context) for stage in stages],
-        runs_at=lambda step: runs, solver_s=draw(seconds),
+        stage_s=lambda item: [
+            float(stage * item.window + item.context) * (2 - len(item.part.left_out)) for stage in stages
+        ],
+        runs_at=lambda step: 0 if step in skipped else runs,
+        part_at=lambda step: Part(left_out=range(int(step in partial))), solver_s=draw(seconds),
         hop=Link(draw(seconds), 1.0), hop_bytes=draw(seconds), back=Link(draw(seconds), 1.0),
         back_bytes=draw(seconds), max_in_flight=draw(st.none() | st.integers(1, 12)),
         decode_s=float(6 * draw(st.integers(0, 12))), decodes_apart=draw(st.booleans()),
@@ -100,8 +109,13 @@ def by_the_rules(timetable: Timetable, work: Work) -> tuple[float, list[float]]:
                 sum(timetable.block(block).num_frames for block, _ in forward.parts),
                 before.num_frames if before else 0,
                 sum(read.num_frames for read in others if read),
+                work.part_at(forward.step),
             )
             runs = work.runs_at(forward.step)
+            if not runs:  # what it says is known at once, and taken when its turn comes
+                while work.max_in_flight and len(away) >= work.max_in_flight:
+                    take()
+                away.append((free[0], forward, True))
             for run in range(runs):
                 while work.max_in_flight and len(away) >= work.max_in_flight:
                     take()
@@ -274,6 +288,18 @@ def test_jitter_keeps_the_mean_and_the_slowest_lane_sets_the_pace():
     many = simulate(timetable, units(1, jitter=0.1, num_lanes=8))
     greatest = 1 + 0.1 * (sum(1 / lane for lane in range(1, 9)) - 1)
     assert many.makespan_s == pytest.approx(greatest * timetable.num_forwards, rel=0.01)
+
+
+def test_what_is_skipped_takes_no_time_and_sends_nothing():
+    timetable = dualparal(24, 6, block_frames=2, context_frames=1)
+    skipped = {2, 3, 5}
+    half = replace(units(3, 2, hop_bytes=40), runs_at=lambda step: 0 if step in skipped else 2)
+    run, whole = simulate(timetable, half), simulate(timetable, units(3, 2, hop_bytes=40))
+    assert run.items * 2 == whole.items and run.busy_s == (run.items,) * 3
+    assert run.bytes_per_link[0] * 2 == whole.bytes_per_link[0]
+    assert run.makespan_s < 0.6 * whole.makespan_s
+    alone = simulate(full(5, 6), replace(half, solver_s=1.0))  # first stage, last stage, back, and the steps
+    assert alone.makespan_s == 3 * (3 + 1) + 6
 
 
 def test_bytes_are_those_of_every_item_and_of_lost_ones():

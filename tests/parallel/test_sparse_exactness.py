@@ -10,6 +10,8 @@ from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.lending import join_layers
 from vidgen.denoise.loop import LoopState, Task, denoise, run_tick
 from vidgen.denoise.timetable import Timetable, dualparal, full
+from vidgen.parallel.topology import Lanes
+from vidgen.sharing import check_lanes
 from vidgen.sparsity.making import make_policy
 from vidgen.sparsity.settings import SparsitySettings
 from vidgen.types import ContextMode, GuidanceMode
@@ -63,6 +65,25 @@ def test_any_cut_gives_the_loops_latents_bit_for_bit(
     assert_same(pipeline(sparse(task, name), cut).latents, expected)
     dense = clean(replace(task, sparsity=None))
     assert any(not torch.equal(one, other) for one, other in zip(expected, dense, strict=True))
+
+
+@pytest.mark.parametrize("lanes", [Lanes(ulysses=3), Lanes(guidance=2, ulysses=2)], ids=str)
+@pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
+@pytest.mark.parametrize("name", ["sliding-tile", "radial", "local-restore"])
+def test_windows_that_restore_nothing_are_the_loops_where_ranks_share_heads(
+    name: str, timetable: Timetable, lanes: Lanes, make_task: Any, pipeline: Any
+):
+    task = sparse(make_task(timetable, guidance_scale=3.0), name, restore=False)
+    check_lanes(task, lanes)
+    expected = clean(task)
+    cut = (4,) if timetable.num_blocks == 1 else (2, 2)
+    found = pipeline(task, cut, lanes=lanes).latents
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+    with pytest.raises(ValueError, match="ulysses=2 with sparsity"):
+        check_lanes(sparse(task, name, restore=True), Lanes(ulysses=2))
+    with pytest.raises(ValueError, match="ring=2 with sparsity"):
+        check_lanes(task, Lanes(ring=2))
 
 
 @pytest.mark.parametrize("name", POLICIES)

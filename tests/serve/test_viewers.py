@@ -158,7 +158,7 @@ def test_a_session_ends_after_its_grace_and_not_while_somebody_watches(stage: St
         assert not stage.orders.ended
     left = time.monotonic()
     wait_until(lambda: stage.orders.ended == [stage.record.id])
-    assert EAGER.grace_s * 0.9 < time.monotonic() - left < EAGER.grace_s + 1
+    assert EAGER.grace_s * 0.9 < time.monotonic() - left < EAGER.grace_s + 5
 
 
 def test_a_socket_that_asks_for_nothing_is_closed_with_an_error(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_socket_that_asks_for_nothing_is_closed_with_an_error(tmp_path: Path) 
     with Stage(tmp_path, 1000, patience).running() as stage, connected(stage.port) as client:
         asked = time.monotonic()
         assert receive(client)["code"] == "start_timeout"
-        assert 0.4 < time.monotonic() - asked < 2
+        assert 0.4 < time.monotonic() - asked < 5
         with pytest.raises(ConnectionClosed):
             client.recv(DEADLINE_S)
 

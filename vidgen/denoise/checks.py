@@ -2,6 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from vidgen.denoise.lockstep import Clips
+from vidgen.denoise.timetable import Timetable
+from vidgen.stepcache.settings import CacheSettings
+
 if TYPE_CHECKING:
     from vidgen.denoise.loop import Task
 
@@ -26,16 +30,31 @@ def check_task(task: "Task") -> None:
             "guidance=stacked: residual_guidance=onetime runs a second branch at a block's first step "
             "only, which makes no batch; leave guidance out"
         )
-    for name, is_used in {"buffer": timetable.joint, "pipefusion": timetable.is_patched}.items():
-        if is_used and task.cache is not None:
-            raise ValueError(f"timetable={name}: knows no step cache; leave cache out")
-    if task.clips is not None and task.cache is not None and not task.cache.settings.skips_forwards:
-        raise ValueError(
-            f"cache={task.cache.settings.method} with timetable=lockstep: knows no clips; take cache=taylor, "
-            "or another timetable"
-        )
-    _check_attention(task)
+    settings = CacheSettings() if task.cache is None else task.cache.settings
+    check_scheme(timetable, task.clips, settings, is_sparse=task.sparsity is not None)
+    _check_clips(task)
     _check_region(task)
+
+
+def check_scheme(timetable: Timetable, clips: Clips | None, cache: CacheSettings, *, is_sparse: bool) -> None:
+    """ValueError for a step cache or sparse attention that a timetable knows nothing of."""
+    if cache.method != "none":
+        for name, is_used in {"buffer": timetable.joint, "pipefusion": timetable.is_patched}.items():
+            if is_used:
+                raise ValueError(f"timetable={name}: knows no step cache; leave cache out")
+        if clips is not None and not cache.skips_forwards:
+            raise ValueError(
+                f"cache={cache.method} with timetable=lockstep: knows no clips; take cache=taylor, or "
+                "another timetable"
+            )
+    dense_only = {
+        "buffer": timetable.joint,
+        "pipefusion": timetable.is_patched,
+        "lockstep": clips is not None,
+    }
+    for name, is_used in dense_only.items():
+        if is_used and is_sparse:
+            raise ValueError(f"timetable={name}: knows no sparse attention; leave sparsity out")
 
 
 def _check_region(task: "Task") -> None:
@@ -48,16 +67,8 @@ def _check_region(task: "Task") -> None:
         raise ValueError("cache=region: this model's attention has a window; take another cache")
 
 
-def _check_attention(task: "Task") -> None:
+def _check_clips(task: "Task") -> None:
     timetable, clips = task.timetable, task.clips
-    dense_only = {
-        "buffer": timetable.joint,
-        "pipefusion": timetable.is_patched,
-        "lockstep": clips is not None,
-    }
-    for name, is_used in dense_only.items():
-        if is_used and task.sparsity is not None:
-            raise ValueError(f"timetable={name}: knows no sparse attention; leave sparsity out")
     if clips is None:
         return
     assert timetable.num_blocks == 1 and timetable.num_frames == clips.num_frames, "one block of all frames"

@@ -1,6 +1,6 @@
 """Whether a step cache skips a forward, or some layers or tokens of it: the same on every rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
@@ -33,12 +33,26 @@ def decide(task: "Task", forward: Forward, own: BlockState, window: Window) -> D
     text_BNT = task.run_texts(task.timetable.block(forward.block), step)[0][:1]
     conditioning = task.conditioning(step, frames.levels, text_BNT)
     signal = task.cache.look(task.model_at(step), frames.latents_BCFYX, conditioning)
-    decision = task.cache.decide(
-        _usable(task, own.kept, step), step, task.noise_levels, signal, task.branches_at(step)
-    )
-    if decision.outputs is not None and not _lends_again(task, forward, decision.kept.steps[0]):
-        return Decision(decision.kept, signal)
+    return decided(task.cache, task.timetable, task.noise_levels, forward.block, step, own.kept, signal,
+                    task.branches_at(step))  # fmt: skip
+
+
+def decided(
+    cache: StepCache, timetable: Timetable, levels: Sequence[float], block: int, step: int, kept: Kept,
+    signal: Tensor | None, branches: int,
+) -> Decision:  # fmt: skip
+    """What a cache that skips forwards says of a step."""
+    if kept.steps and timetable.expert(kept.steps[0]) != timetable.expert(step):
+        kept = NOTHING_KEPT  # nothing of what another expert said
+    decision = cache.decide(kept, step, levels, signal, branches)
+    # the block's last step that ran must have lent all that this one is to lend
+    if decision.outputs is not None and not _lends_again(timetable, block, kept.steps[0], step):
+        return Decision(kept, signal)
     return decision
+
+
+def _lends_again(timetable: Timetable, block: int, ran: int, step: int) -> bool:
+    return set(timetable.lends(block, step)) <= set(timetable.lends(block, ran))
 
 
 def _active(task: "Task", cache: StepCache, forward: Forward, kept: Kept) -> Tensor | None:
@@ -53,17 +67,6 @@ def _active(task: "Task", cache: StepCache, forward: Forward, kept: Kept) -> Ten
     return choose(cache.settings, wish(said, left_out_FS, patch))
 
 
-def _usable(task: "Task", kept: Kept, step: int) -> Kept:
-    """Nothing of what another expert said."""
-    is_other = bool(kept.steps) and task.timetable.expert(kept.steps[0]) != task.timetable.expert(step)
-    return NOTHING_KEPT if is_other else kept
-
-
-def _lends_again(task: "Task", forward: Forward, ran: int) -> bool:
-    """Whether the block's last step that ran lent all that this one is to lend."""
-    return set(forward.lends) <= set(task.timetable.lends(forward.block, ran))
-
-
 def skips_forwards(task: "Task") -> bool:
     """Whether the task has a step cache that skips all of a forward or nothing."""
     return task.cache is not None and task.cache.settings.skips_forwards
@@ -75,7 +78,7 @@ def skipping_layers(task: "Task") -> Callable[[int], tuple[range, ...]] | None:
     if cache is None or not cache.settings.skips_layers:
         return None
     branches = _branches(task)
-    return partial(_left_out, cache.settings, timetable, task.model.config.num_layers, branches)
+    return partial(layers_of_steps, cache.settings, timetable, task.model.config.num_layers, branches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class Regions:
 
     def only_some(self, block: int, step: int) -> bool:
         """Of a step of a block; False beyond the last one."""
-        steps = _steps_of_regions(self.settings, self.timetable, self.branches, block)
+        steps = regions_of_steps(self.settings, self.timetable, self.branches, block)
         return step < len(steps) and steps[step]
 
     def count(self, tokens: int) -> int:
@@ -119,9 +122,10 @@ def share_skipped(task: "Task", forward: Forward, decision: Decision | None) -> 
 
 
 @lru_cache(maxsize=512)
-def _left_out(
+def layers_of_steps(
     settings: CacheSettings, timetable: Timetable, num_layers: int, branches: tuple[int, ...], block: int
 ) -> tuple[range, ...]:
+    """The layers that each step of a block leaves out, with so many branches of guidance at each."""
     windows = [_window(timetable, block, step) for step in range(timetable.num_steps)]
 
     def goes_on(ran: int, step: int) -> bool:
@@ -130,15 +134,16 @@ def _left_out(
             and branches[ran] == branches[step]
             and windows[ran] == windows[step]
         )
-        return is_same and set(timetable.lends(block, step)) <= set(timetable.lends(block, ran))
+        return is_same and _lends_again(timetable, block, ran, step)
 
     return layers_left_out(settings, num_layers, timetable.num_steps, goes_on)
 
 
 @lru_cache(maxsize=512)
-def _steps_of_regions(
+def regions_of_steps(
     settings: CacheSettings, timetable: Timetable, branches: tuple[int, ...], block: int
 ) -> tuple[bool, ...]:
+    """Of each step of a block, whether only some tokens run, with so many branches of guidance at each."""
     windows = [_window(timetable, block, step) for step in range(timetable.num_steps)]
 
     def goes_on(step: int) -> bool:

@@ -71,6 +71,11 @@ class Policy(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def heads_are_alike(self) -> bool:
+        """Whether all heads see alike and nothing is kept of them, so that ranks can share them."""
+        ...
+
     def attend(
         self, query_BQHD: Tensor, key_BKHD: Tensor, value_BKHD: Tensor, place: Place, state: State
     ) -> tuple[Tensor, State, Report]:

@@ -63,6 +63,10 @@ class Scheduled:
     def name(self) -> str:
         return self.settings.policy
 
+    @property
+    def heads_are_alike(self) -> bool:
+        return self.settings.heads_are_alike
+
     def attend(
         self, query_BQHD: Tensor, key_BKHD: Tensor, value_BKHD: Tensor, place: Place, state: State
     ) -> tuple[Tensor, State, Report]:

@@ -91,6 +91,11 @@ class SparsitySettings:
             raise ValueError(f"restore_drift={self.restore_drift} without restore: set restore=True")
 
     @property
+    def heads_are_alike(self) -> bool:
+        """Whether all heads see alike and nothing is kept of them, so that ranks can share them."""
+        return self.policy in WINDOWS and not self.restores and len(self.windows) == 1
+
+    @property
     def blocks(self) -> tuple[int, int]:
         """Tokens of a block of queries and of one of keys, once resolved."""
         assert self.query_block and self.key_block

@@ -105,6 +105,11 @@ class CacheSettings:
         return self.method == "mag" and self.magnitudes is None
 
     @property
+    def is_foreseen(self) -> bool:
+        """Whether it is known which steps are skipped before anything is rendered."""
+        return self.method in (*BY_CLOCK, "mag")
+
+    @property
     def skips_layers(self) -> bool:
         """Whether some layers of a forward are skipped."""
         return self.method == "delta"
