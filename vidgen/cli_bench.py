@@ -168,14 +168,15 @@ def plans(
     num_frames: Annotated[int, typer.Option("--num-frames", metavar="N", min=9)] = 513,
     repeats: Annotated[int, typer.Option("--repeats", metavar="N", help="medians are shown", min=1)] = 1,
     lanes: Annotated[bool, typer.Option("--lanes/--no-lanes", help="also ranks that share forwards")] = True,
+    caches: Annotated[bool, typer.Option("--caches", help="instead plans with step caches")] = False,
     json_file: Json = None,
 ) -> int:
     """Hold the planner against renders of the built-in model: predicted and measured seconds of each plan."""
-    from vidgen.bench.plans import LANES, STAGES_ONLY, bench_plans, verdict
+    from vidgen.bench.plans import CACHED, LANES, STAGES_ONLY, bench_plans, verdict
     from vidgen.parallel.planner.hardware import load_hardware
 
     machine = None if hardware is None else load_hardware(hardware)
-    cases = (*STAGES_ONLY, *(LANES if lanes else ()))
+    cases = CACHED if caches else (*STAGES_ONLY, *(LANES if lanes else ()))
     machine, rows = bench_plans(machine, num_frames, cases, repeats)
     if out is not None:
         _save_profile(machine, out)

@@ -52,7 +52,7 @@ def plan(
         film = replace(film, pixels_per_frame=0)
     found = plans(film, machine, job.parallel.ranks, wanted)
     choice = best(found)
-    why = reasons(found, choice)
+    why, sparsity = reasons(found, choice), job.attention.sparsity.policy
     shown = {
         "model": job.model,
         "latents": f"{film.num_frames}x{film.latent_rows}x{film.latent_columns}",
@@ -61,6 +61,7 @@ def plan(
         "ranks": job.parallel.ranks,
         "hardware": machine.name,
         **({"cache": _skipped(film, choice)} if film.cache is not None else {}),
+        **({"sparsity": f"{sparsity} (times are those of dense attention)"} if sparsity != "none" else {}),
     }
     if as_json:
         write_line("stdout", json.dumps(_as_data(shown, found, choice, why), indent=2))

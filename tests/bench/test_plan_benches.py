@@ -13,7 +13,7 @@ from vidgen.bench.books import books_s
 from vidgen.bench.calibrate import _joining, _layers
 from vidgen.bench.items import run_of
 from vidgen.bench.output_rates import Clock, decode_rate, rate, write_rate
-from vidgen.bench.plans import LANES, STAGES_ONLY, PlanCase, predict, render_once, verdict
+from vidgen.bench.plans import CACHED, LANES, STAGES_ONLY, PlanCase, predict, render_once, verdict
 from vidgen.bench.rendering import PROMPT
 from vidgen.bench.two_ranks import _in_order, _together
 from vidgen.config import parse_job
@@ -118,7 +118,9 @@ def _dies(index: int, swap: Any) -> None:
     os._exit(1)
 
 
-@pytest.mark.parametrize("case", [*STAGES_ONLY, *LANES], ids=lambda case: f"{case.name} {case.queue}")
+@pytest.mark.parametrize(
+    "case", [*STAGES_ONLY, *LANES, *CACHED], ids=lambda case: f"{case.name} {case.queue}"
+)
 def test_every_case_has_a_prediction(case: PlanCase):
     found = predict(load_hardware("cpu"), case, 65, 4)
     assert 0 < found["first_frame_s"] <= found["seconds"] < 1e4

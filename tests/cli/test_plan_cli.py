@@ -85,6 +85,12 @@ def test_a_step_cache_is_counted_where_its_steps_are_known(run: Run):
     assert "buffer" not in " ".join(plan["video"] for plan in taylor["plans"])  # it knows no cache
 
 
+def test_sparse_attention_is_said_to_count_as_dense(run: Run):
+    found = planned(run, "--ranks", 2, "--sparsity", "adaspa")
+    assert found["sparsity"] == "adaspa (times are those of dense attention)"
+    assert all(plan["axes"]["ulysses"] == plan["axes"]["ring"] == 1 for plan in found["plans"])
+
+
 def test_no_plan_is_one_that_a_render_would_refuse(run: Run):
     found = planned(run, "--ranks", 2, "--cache", "delta", "--num-inference-steps", 20)
     assert "run in part" in found["cache"]

@@ -7,7 +7,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from vidgen.parallel.actors import from_bytes, to_bytes
 from vidgen.render import render, resume
 from vidgen.run import Interrupted
 
@@ -61,6 +63,22 @@ def test_any_number_of_ranks_leaves_the_same_bytes(
     # a render this quick may wait for its blocks to be committed, which drains the stages
     assert attempt["least_slots"] <= attempt["slots"] <= 1.2 * attempt["least_slots"]
     assert not jobs.leftovers()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn]
+)
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (2, 3, 4)], ids=str)
+def test_a_tensor_that_a_rank_sends_arrives_as_it_was(dtype: torch.dtype, shape: tuple[int, ...]):
+    sent = (torch.rand(shape) * 3).to(dtype)
+    name, size, data = to_bytes(sent.mT if len(shape) == 3 else sent)
+    if data is not None:
+        data.flags.writeable = False  # as Ray hands it over
+    arrived = from_bytes((name, size, data))
+    arrived = arrived.mT if len(shape) == 3 else arrived
+    assert arrived.dtype == dtype and arrived.shape == sent.shape
+    assert torch.equal(arrived.float(), sent.float())
+    arrived.fill_(0)  # it is the receiver's own
 
 
 def test_sparse_attention_leaves_the_same_bytes_on_ranks_and_is_told(

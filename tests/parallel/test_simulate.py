@@ -350,6 +350,9 @@ def test_the_work_of_a_trace_has_its_times(tmp_path: Path):
     assert work.stage_s(Item(own=9)) == work.stage_s(second)
     assert (work.runs_at(0), work.solver_s, work.hop_bytes) == (2, 0.5, 7)
     assert 0 < work.jitter < 0.25
+    evidence["attempts"][0]["cache"] = {"skipped_at": {"1": 2, "7": 2}}  # two blocks ran step 1 all the same
+    work = work_from_trace(timetable, evidence, trace)
+    assert [work.runs_at(step) for step in (0, 1, 7)] == [2, 2, 0]
     trace.write_text("[]\n")
     with pytest.raises(ValueError, match="trace"):
         work_from_trace(timetable, evidence, trace)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,18 @@ class PlanCase:
     ranks: int
     queue: dict[str, Any]
     lanes: dict[str, int] = field(default_factory=dict)
+    cache: str = "none"  # a method of step caches, as it is by default
 
     @property
     def name(self) -> str:
         """Such as `2 ranks, guidance 2`."""
         shared = [f"{axis} {size}" for axis, size in self.lanes.items()]
-        return ", ".join([f"{self.ranks} rank{'s' if self.ranks > 1 else ''}", *shared])
+        cached = [] if self.cache == "none" else [f"cache {self.cache}"]
+        return ", ".join([f"{self.ranks} rank{'s' if self.ranks > 1 else ''}", *shared, *cached])
+
+    def settings(self) -> dict[str, Any]:
+        """Of a job, beside its size and its ranks."""
+        return {"prompt": PROMPT, "queue": self.queue, "cache": {"method": self.cache}}
 
 
 QUEUE = {"timetable": "dualparal", "block_frames": 4, "context_frames": 2, "context_mode": "recompute"}
@@ -59,6 +65,17 @@ LANES = (
     PlanCase(ranks=2, queue=FULL, lanes={"guidance": 2}),
     PlanCase(ranks=2, queue=CACHE, lanes={"guidance": 2}),
     PlanCase(ranks=2, queue={**QUEUE, "timetable": "lockstep"}, lanes={"clip": 2}),
+)
+CACHED = (
+    PlanCase(ranks=1, queue=QUEUE, cache="taylor"),
+    PlanCase(ranks=1, queue=FULL, cache="mag"),
+    PlanCase(ranks=1, queue=QUEUE, cache="delta"),
+    PlanCase(ranks=1, queue=QUEUE, cache="region"),
+    PlanCase(ranks=2, queue=QUEUE, cache="taylor"),
+    PlanCase(ranks=2, queue=CACHE, cache="mag"),
+    PlanCase(ranks=2, queue=QUEUE, cache="delta"),
+    PlanCase(ranks=2, queue=FULL, cache="taylor", lanes={"ulysses": 2}),
+    PlanCase(ranks=2, queue=QUEUE, cache="taylor", lanes={"guidance": 2}),
 )
 
 
@@ -129,8 +146,8 @@ def predict(hardware: Hardware, case: PlanCase, num_frames: int, num_steps: int)
     from vidgen.planning import resolve_job
 
     engine = Engine.from_pretrained("builtin", with_dit=False)
-    asked = {"num_frames": num_frames, "num_inference_steps": num_steps, "queue": case.queue}
-    job = resolve_job(engine.family, parse_job({"prompt": PROMPT, **asked}), engine.sparsity)
+    asked = {"num_frames": num_frames, "num_inference_steps": num_steps, **case.settings()}
+    job = resolve_job(engine.family, parse_job(asked), engine.sparsity)
     lanes = Lanes(**case.lanes)
     scheme = own_scheme(engine.family, job)
     plan = examine(film_of(engine.family, job), hardware, scheme, lanes, case.ranks // lanes.num_lanes)
@@ -159,10 +176,10 @@ def render_once(case: PlanCase, num_frames: int, num_steps: int, folder: Path) -
             began.append(time.time())
 
     live = Live(check=check, committed=lambda block: committed.append(time.time()))
-    asked = {"prompt": PROMPT, "num_frames": num_frames, "num_inference_steps": num_steps}
+    asked = {"num_frames": num_frames, "num_inference_steps": num_steps, **case.settings()}
     parallel = {"ranks": case.ranks, "trace": False, **case.lanes}
     output = {"path": folder / "bench.mp4", "sheet": False}
-    job = parse_job({**asked, "queue": case.queue, "parallel": parallel, "output": output})
+    job = parse_job({**asked, "parallel": parallel, "output": output})
     done = render(job, live=live)
     start, memory, started = began[0], peak_memory_bytes(), 0
     if done.evidence is not None and "attempts" in done.evidence:
@@ -181,8 +198,8 @@ def render_once(case: PlanCase, num_frames: int, num_steps: int, folder: Path) -
 def in_own_process(case: PlanCase, num_frames: int, num_steps: int) -> dict[str, float]:
     """The same, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        said = {"ranks": case.ranks, "queue": case.queue, "lanes": case.lanes}
-        command = [sys.executable, "-m", "vidgen.bench.plans", json.dumps(said), str(num_frames)]
+        said = json.dumps(asdict(case))
+        command = [sys.executable, "-m", "vidgen.bench.plans", said, str(num_frames)]
         done = subprocess.run(
             [*command, str(num_steps), folder], capture_output=True, text=True, timeout=TIMEOUT_S
         )

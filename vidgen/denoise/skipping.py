@@ -29,10 +29,12 @@ def decide(task: "Task", forward: Forward, own: BlockState, window: Window) -> D
         return None
     if task.cache.settings.skips_tokens:
         return Decision(own.kept, None, active_FS=_active(task, task.cache, forward, own.kept))
-    step, frames = forward.step, window.own_frames()
-    text_BNT = task.run_texts(task.timetable.block(forward.block), step)[0][:1]
-    conditioning = task.conditioning(step, frames.levels, text_BNT)
-    signal = task.cache.look(task.model_at(step), frames.latents_BCFYX, conditioning)
+    step, signal = forward.step, None
+    if not task.cache.settings.is_foreseen:  # else nothing is looked at
+        frames = window.own_frames()
+        text_BNT = task.run_texts(task.timetable.block(forward.block), step)[0][:1]
+        conditioning = task.conditioning(step, frames.levels, text_BNT)
+        signal = task.cache.look(task.model_at(step), frames.latents_BCFYX, conditioning)
     return decided(task.cache, task.timetable, task.noise_levels, forward.block, step, own.kept, signal,
                     task.branches_at(step))  # fmt: skip
 
