@@ -51,8 +51,9 @@ def memory_bytes(
     lent = (lenders * branches + collected) * dit.num_layers * 2 * tokens * dit.width
     if job.attention.sparsity.policy != "none" and job.attention.sparsity.restores:
         lent += live * branches * dit.num_layers * frames * tokens * (dit.width + 2 * dit.num_heads)
-    if job.cache.method != "none":  # K,V lent last, and outputs
+    if job.cache.skips_forwards:  # K,V lent last
         lent += live * branches * context * dit.num_layers * 2 * tokens * dit.width
+    if job.cache.skips_forwards or job.cache.skips_tokens:  # outputs
         lent += live * branches * (1 + (job.cache.order or 0)) * own * dit.latent_channels * rows * columns
     if job.cache.skips_layers:  # changes of all tokens, and of lending blocks their keys and values
         copies = 3 if context or timetable.anchor_frames else 1

@@ -1,11 +1,13 @@
 """What the ranks of a plan hold at most, from shapes. About right, rather over than under."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import ceil
 
 from vidgen.denoise.timetable import Timetable
 from vidgen.parallel.links import DEPTH_BYTES, DEPTHS
 from vidgen.parallel.planner.cost_model import FLOAT_BYTES, CostModel
+from vidgen.parallel.planner.steps import Steps, all_steps
 from vidgen.parallel.planner.work import (
     first_parameters,
     largest_item,
@@ -13,11 +15,12 @@ from vidgen.parallel.planner.work import (
     layer_parameters,
     share,
 )
-from vidgen.parallel.simulation.workload import Item
+from vidgen.parallel.simulation.workload import WHOLE, Item
 from vidgen.parallel.topology import Stage, Topology
 from vidgen.types import ContextMode
 
 HIDDEN_COPIES = 24  # tensors of the width of the model alive in a layer; see vidgen/limits.py
+HIDDEN_COPIES_ON_GPU = 6  # of bf16 on an H200: 18 beside weights, with the feed-forward's and the keys
 PIXEL_COPIES = 6
 LATENT_COPIES = 3  # latents beside those of live blocks: what a solver remembers, what a step makes
 
@@ -45,20 +48,29 @@ class Memory:
         return max((field.name for field in fields(self)), key=lambda name: getattr(self, name))
 
 
-def rank_memory(model: CostModel, topology: Topology, timetable: Timetable) -> tuple[Memory, ...]:
+def rank_memory(
+    model: CostModel, topology: Topology, timetable: Timetable, steps: Steps | None = None
+) -> tuple[Memory, ...]:
     """Of every stage of a lane, and last of the decoder's process; a render of one process has no other."""
     item = largest_item(timetable, model.clips)
     decoding = _decoding(model, timetable)
-    process = model.hardware.process_bytes
+    process, steps = model.hardware.process_bytes, steps or all_steps(timetable, model.runs)
     if topology.num_ranks == 1:
-        return (_of_stage(model, topology.stage(0), timetable, item, decoding, is_alone=True),)
+        return (_of_stage(model, topology.stage(0), timetable, item, steps, decoding, is_alone=True),)
     stages = [topology.stage(rank) for rank in range(topology.num_stages)]
-    held = [_of_stage(model, stage, timetable, item, 0, is_alone=False) for stage in stages]
+    held = [_of_stage(model, stage, timetable, item, steps, 0, is_alone=False) for stage in stages]
     return (*held, Memory(process=process, decoding=decoding))
 
 
 def _of_stage(
-    model: CostModel, stage: Stage, timetable: Timetable, item: Item, decoding: int, *, is_alone: bool
+    model: CostModel,
+    stage: Stage,
+    timetable: Timetable,
+    item: Item,
+    steps: Steps,
+    decoding: int,
+    *,
+    is_alone: bool,
 ) -> Memory:
     film, dit = model.film, model.film.dit
     numbers = len(stage.layers) * layer_parameters(dit)
@@ -71,7 +83,7 @@ def _of_stage(
         weights=numbers * film.num_experts * width,
         activations=_activations(model, item, stage),
         keys=_keys(model, timetable, len(stage.layers), item),
-        cache=_cache(model, timetable, stage, item),
+        cache=_cache(model, timetable, stage, item, steps),
         latents=_latents(model, timetable) if stage.is_first else 0,
         messages=messages,
         decoding=decoding,
@@ -85,7 +97,8 @@ def _activations(model: CostModel, item: Item, stage: Stage) -> int:
     local = share(tokens, lanes.sequence)
     frames = model.lane_frames(item)
     keys = frames + model.foreign_frames(item)
-    numbers = frames * local * (HIDDEN_COPIES * dit.width + 2 * dit.ffn_width) + keys * local * 4 * dit.width
+    copies = HIDDEN_COPIES if model.hardware.shares_memory else HIDDEN_COPIES_ON_GPU
+    numbers = frames * local * (copies * dit.width + 2 * dit.ffn_width) + keys * local * 4 * dit.width
     if lanes.ulysses > 1:  # what is sent and what comes, beside what is at hand
         numbers += (2 * frames + 2 * keys) * local * dit.width
     if lanes.ring > 1:  # the keys and values that are on their way
@@ -98,7 +111,7 @@ def _activations(model: CostModel, item: Item, stage: Stage) -> int:
 def _keys(model: CostModel, timetable: Timetable, num_layers: int, item: Item) -> int:
     """Keys and values that this stage's layers keep from one forward to another."""
     film, context = model.film, timetable.context_frames
-    live = min(ceil(timetable.num_steps / timetable.stride), timetable.num_blocks)
+    live = _num_live(timetable)
     is_recompute = timetable.mode == ContextMode.RECOMPUTE or timetable.joint
     lenders = 2 * context * (live > 1) + timetable.anchor_frames * (timetable.num_blocks > 2)
     if not is_recompute and timetable.num_blocks > 1:  # of the last tick, which hold until this one has ended
@@ -111,24 +124,42 @@ def _keys(model: CostModel, timetable: Timetable, num_layers: int, item: Item) -
     return (lenders * runs + collected * model.batch) * num_layers * row
 
 
-def _cache(model: CostModel, timetable: Timetable, stage: Stage, item: Item) -> int:
-    """What a step cache keeps here of every live block; see vidgen/limits.py."""
+def _cache(model: CostModel, timetable: Timetable, stage: Stage, item: Item, steps: Steps) -> int:
+    """What a step cache keeps here of live blocks."""
     film = model.film
     if film.cache is None:
         return 0
-    settings, layers, width = film.cache.settings, len(stage.layers), film.dit.width
-    live = min(ceil(timetable.num_steps / timetable.stride), timetable.num_blocks)
-    blocks, frames = live * model.runs * model.batch, model.lane_frames(item)
-    context, own = timetable.context_frames, min(timetable.block_frames, timetable.num_frames)
-    rows = 2 * layers * context  # of the width: keys and values that were lent last
+    settings, width, runs = film.cache.settings, film.dit.width, model.runs * model.batch
+    frames, own = model.lane_frames(item), min(timetable.block_frames, timetable.num_frames)
+    context, lends = timetable.context_frames, timetable.context_frames + timetable.anchor_frames > 0
+    now = [part != WHOLE for part in steps.parts]
+    at_next = [*now[1:], False]
+    rows = 0  # of the model's width, for each token of a frame
+    if settings.skips_forwards:  # keys and values that were lent last
+        rows = _num_live(timetable) * 2 * len(stage.layers) * context
     if settings.skips_layers:  # changes of all tokens, and of lending blocks their keys and values
-        rows += layers * frames * (3 if context or timetable.anchor_frames else 1)
+        left_out = [sum(layer in part.left_out for layer in stage.layers) for part in steps.parts]
+        kept = _most(timetable, [one or other for one, other in zip(now, at_next, strict=True)])
+        rows = kept * max(left_out) * (frames + 2 * own * lends)
     if settings.skips_tokens:  # keys and values of whole windows and the last tokens: old and new
-        rows += 2 * (2 * layers * frames + own)
+        kept = _most(timetable, [one + other for one, other in zip(now, at_next, strict=True)])
+        rows = kept * (2 * len(stage.layers) * frames + own)
     held = rows * share(film.tokens_per_frame, model.lanes.sequence) * width * film.token_bytes
-    if stage.is_first:  # outputs
-        held += (1 + (settings.order or 0)) * own * film.elements_per_frame * FLOAT_BYTES
-    return blocks * held
+    if stage.is_first and not settings.skips_layers:  # outputs
+        outputs = (1 + (settings.order or 0)) * own * film.elements_per_frame
+        held += _num_live(timetable) * outputs * FLOAT_BYTES
+    return runs * held
+
+
+def _most(timetable: Timetable, at_steps: Sequence[int]) -> int:
+    """The largest sum over the blocks of a tick, of what there is of a block at each step."""
+    firsts, live = range(timetable.num_steps), _num_live(timetable)
+    return max(sum(at_steps[first :: timetable.stride][:live]) for first in firsts)
+
+
+def _num_live(timetable: Timetable) -> int:
+    """Blocks of a tick."""
+    return min(ceil(timetable.num_steps / timetable.stride), timetable.num_blocks)
 
 
 def _latents(model: CostModel, timetable: Timetable) -> int:

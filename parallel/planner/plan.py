@@ -129,7 +129,7 @@ def examine(film: Film, hardware: Hardware, scheme: Scheme, lanes: Lanes, num_st
     whole = [item for item in counts if item.part == WHOLE]
     typical = max(whole, key=lambda item: (counts[item], item.window))
     topology = model.cut(num_stages, typical)
-    memory = rank_memory(model, topology, scheme.timetable)
+    memory = rank_memory(model, topology, scheme.timetable, steps)
     too_much = _too_much(hardware, topology, memory)
     if too_much is not None:
         return Planned(scheme=scheme, topology=topology, memory=memory, does_not_fit=too_much)

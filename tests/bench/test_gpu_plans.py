@@ -1,7 +1,9 @@
 """The bench that holds the planner against a GPU, on a tiny model and the CPU."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from vidgen.known_sizes import Known
 from vidgen.model.dit import DiTConfig
 from vidgen.parallel.planner.hardware import load_hardware
 
+RESULTS = Path(__file__).parent.parent.parent / "tools" / "results"
+PLANS, CACHES = "gpu_plans_nvidia-h200_2026-11-27.json", "gpu_caches_nvidia-h200_2026-11-27.json"
 SMALL = Known(
     dit=DiTConfig(width=24, num_layers=2, num_heads=2, ffn_width=48, text_width=8, dtype="bf16"),
     height=16,
@@ -30,6 +34,24 @@ def test_every_case_is_predicted_and_run(monkeypatch: pytest.MonkeyPatch):
     assert len(rows) == len(CASES)
     assert all(row["predicted s"] > 0 and row["measured s"] > 0 and row["ratio"] > 0 for row in rows)
     assert len({(row["video"], row["frames"]) for row in rows}) == len(CASES)
+
+
+def readings(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / name).read_text())["rows"]
+
+
+def test_predictions_hold_for_what_was_measured_on_an_h200():
+    """Also those of caches, which were measured before anything was predicted of them."""
+    hardware = load_hardware("h200")
+    plans = [(case, 4) for case in CASES]
+    cached = [(replace(case, cache=cache), 20) for case in gpu_caches.CASES for cache in gpu_caches.CACHES]
+    found = [row | {"seconds": row["measured s"], "MiB": row["MiB, measured"]} for row in readings(PLANS)]
+    for (case, steps), measured in zip([*plans, *cached], [*found, *readings(CACHES)], strict=True):
+        plan = predict(hardware, "wan-1.3b", case, steps)
+        (memory,) = plan.memory
+        held = (memory.total - memory.process - memory.decoding) / 2**20
+        assert 0.85 <= plan.seconds / measured["seconds"] <= 1.15, (case, plan.seconds)
+        assert 1 <= held / measured["MiB"] <= (1.4 if case.cache else 1.25), (case, held)
 
 
 def test_decoding_is_in_neither_side():

@@ -34,7 +34,6 @@ from vidgen.parallel.planner.schemes import Scheme
 from vidgen.parallel.topology import Lanes
 from vidgen.planning import make_clips, make_timetable
 from vidgen.stepcache.cache import make_cache
-from vidgen.stepcache.settings import CacheSettings
 from vidgen.types import NoiseKind
 
 SHIFT = 5.0
@@ -47,7 +46,7 @@ class GpuCase:
 
     num_frames: int
     queue: dict[str, Any]
-    cache: dict[str, Any] = field(default_factory=dict)  # which the planner knows nothing of
+    cache: dict[str, Any] = field(default_factory=dict)
 
 
 def _queue(timetable: str, block: int, context: int, mode: str = "recompute", **more: Any) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def main(
 
 def _job(case: GpuCase, steps: int) -> JobConfig:
     sizes = {"num_frames": case.num_frames, "num_inference_steps": steps, "guidance_scale": 5.0}
-    return parse_job({"prompt": PROMPT, **sizes, "queue": case.queue})
+    return parse_job({"prompt": PROMPT, **sizes, "queue": case.queue, "cache": case.cache})
 
 
 @torch.inference_mode()
@@ -179,7 +178,7 @@ def _task(dit: DiT, model: str, case: GpuCase, steps: int) -> Task:
         solver=make_solver("unipc", steps, SHIFT),
         guidance_mode=job.queue.guidance,
         clips=make_clips(job, film.num_frames),
-        cache=make_cache(CacheSettings(**case.cache)),
+        cache=make_cache(job.cache),
     )
 
 
