@@ -8,6 +8,7 @@ import pytest
 from vidgen.choosing import choose, film_of, plans_of, schemes_of
 from vidgen.config import JobConfig, parse_job
 from vidgen.engine import Engine
+from vidgen.known_sizes import film_like, schemes_like
 from vidgen.parallel.planner.hardware import load_hardware
 from vidgen.parallel.topology import Lanes
 from vidgen.planning import make_plan, resolve_job
@@ -61,6 +62,12 @@ def test_ranks_are_shared_as_the_cache_allows(engine: Engine):
     job = job.model_copy(update={"cache": job_of(engine, cache={"method": "delta"}).cache})
     found = plans_of(engine.family, job, hardware, 2, any_scheme=False)
     assert {plan.kind for plan in found} == {"stages", "guidance"}
+
+
+def test_schemes_of_which_a_cache_knows_none_are_refused_in_words():
+    job = parse_job({"prompt": "x", "queue": {"timetable": "lockstep"}, "cache": {"method": "delta"}})
+    with pytest.raises(ValueError, match="cache=delta with timetable=lockstep: knows no clips"):
+        schemes_like("wan-1.3b", job, film_like("wan-1.3b", job))
 
 
 def test_a_scheme_that_the_jobs_cache_does_not_know_is_refused_in_words(engine: Engine):

@@ -61,17 +61,20 @@ def closed_axes(cache: CacheSettings, sparsity: SparsitySettings, guidance: Guid
 
 
 def known_to(job: JobConfig, found: Iterable[Scheme]) -> list[Scheme]:
-    """Those schemes that the job's step cache and sparse attention know."""
-    is_sparse = job.attention.sparsity.policy != "none"
-
-    def is_known(scheme: Scheme) -> bool:
+    """Those schemes that the job's step cache and sparse attention know. ValueError where they know none."""
+    known, refusal = list[Scheme](), None
+    for scheme in found:
         try:
-            check_scheme(scheme.timetable, scheme.clips, job.cache, is_sparse=is_sparse)
-        except ValueError:
-            return False
-        return True
-
-    return [scheme for scheme in found if is_known(scheme)]
+            check_scheme(
+                scheme.timetable, scheme.clips, job.cache, is_sparse=job.attention.sparsity.policy != "none"
+            )
+        except ValueError as error:
+            refusal = refusal or error
+        else:
+            known.append(scheme)
+    if refusal is not None and not known:
+        raise refusal
+    return known
 
 
 def check_lanes(task: Task, lanes: Lanes) -> None:

@@ -43,9 +43,7 @@ def work_from_trace(timetable: Timetable, evidence: dict[str, Any], spans_file: 
     spread = [(second * len(found) / sum(found) - 1) ** 2 for found in spent.values() for second in found]
     times: dict[str, Any] = {"jitter": min(1.0, (sum(spread) / len(spread)) ** 0.5)}
     runs_at = {int(step): 0 for step in attempt.get("cache", {}).get("skipped_at", {})}
-    runs_at |= {
-        step: len(found) for (_, step), found in runs.items()
-    }  # where any block ran it, as if all did
+    runs_at |= {step: len(found) for (_, step), found in runs.items()}  # if any block ran it, all do
     return Work(
         stage_s=lambda item: means[min(means, key=lambda known: _distance(known, item))],
         runs_at=lambda step: runs_at.get(step, max(runs_at.values())),
