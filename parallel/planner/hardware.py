@@ -71,7 +71,7 @@ class Hardware:
     memory_bytes: int  # of a rank; of all ranks of a node where they share it
     shares_memory: bool
     ranks_per_node: int
-    process_bytes: int  # what a rank holds before anything of the model
+    process_bytes: int  # what a rank holds beside its part of the model and the video
     layers: Mapping[str, Rate]  # by dtype: a layer without its self-attention
     attention: Mapping[str, Rate]  # by dtype
     joining: Rate  # of a layer, where it reads keys and values of other blocks: numbers of all its keys

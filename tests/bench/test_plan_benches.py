@@ -86,11 +86,11 @@ def test_how_much_ranks_slow_each_other_down_is_against_one_process(monkeypatch:
 
     def predict(hardware: Hardware, case: PlanCase, *_: int) -> dict[str, float]:
         assert not hardware.busy and hardware.layer_rate("fp32") and hardware.attention_rate("fp32")
-        return {"seconds": 2.0 / case.ranks}
+        return {"seconds": 2.0 / case.ranks, "memory_bytes": hardware.process_bytes + 3e8}
 
     monkeypatch.setattr(busy, "predict", predict)
     monkeypatch.setattr(
-        busy, "in_own_process", lambda case, *_: {"seconds": taken[case.ranks].pop(), "started_bytes": 7e8}
+        busy, "in_own_process", lambda case, *_: {"seconds": taken[case.ranks].pop(), "memory_bytes": 1e9}
     )
     found = busy.among_ranks(other, cores=2)
     assert found.busy == (

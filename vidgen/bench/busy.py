@@ -21,22 +21,24 @@ def among_ranks(hardware: Hardware, cores: int) -> Hardware:
     """A machine whose other rates are known, with how much slower so many ranks at work are, and how large.
 
     A render on several ranks is held against one process, both against what they take of all but each other;
-    they take turns. Ranks beyond the cores share them. A rank's process is as large as it was before it had
-    loaded anything.
+    they take turns. Ranks beyond the cores share them. A process holds what the largest one did at most, less
+    what is known of its part of the video.
     """
     counts = sorted({min(2, MOST_RANKS), min(cores, MOST_RANKS)} - {1})
     cases = [PlanCase(ranks=count, queue=QUEUE) for count in (1, *counts)]
     alone = replace(
         hardware, busy=(), layers=_with_fp32(hardware.layers), attention=_with_fp32(hardware.attention)
     )
-    parts_s = [float(predict(alone, case, FRAMES, STEPS)["seconds"]) for case in cases]
+    foretold = [predict(alone, case, FRAMES, STEPS) for case in cases]
+    parts_s = [float(plan["seconds"]) for plan in foretold]
+    parts_bytes = [int(plan["memory_bytes"]) - hardware.process_bytes for plan in foretold]
     readings: Sequence[list[float]] = [[] for _ in cases]
     process_bytes = hardware.process_bytes
     for _ in range(TURNS):
-        for case, taken in zip(cases, readings, strict=True):
+        for case, taken, part_bytes in zip(cases, readings, parts_bytes, strict=True):
             found = in_own_process(case, FRAMES, STEPS)
             taken.append(found["seconds"])
-            process_bytes = max(process_bytes, int(found["started_bytes"]))
+            process_bytes = max(process_bytes, int(found["memory_bytes"]) - part_bytes)
     ratios = [statistics.median(taken) / part_s for taken, part_s in zip(readings, parts_s, strict=True)]
     rising = [(1.0, 1.0)]
     for count, ratio in zip(counts, ratios[1:], strict=True):

@@ -181,17 +181,15 @@ def render_once(case: PlanCase, num_frames: int, num_steps: int, folder: Path) -
     output = {"path": folder / "bench.mp4", "sheet": False}
     job = parse_job({**asked, "parallel": parallel, "output": output})
     done = render(job, live=live)
-    start, memory, started = began[0], peak_memory_bytes(), 0
+    start, memory = began[0], peak_memory_bytes()
     if done.evidence is not None and "attempts" in done.evidence:
         (attempt,) = done.evidence["attempts"]
         start = min(rank["began_s"] for rank in attempt["ranks"])
         memory = max(rank["peak_memory_bytes"] for rank in attempt["ranks"])
-        started = max(rank["memory_at_start_bytes"] for rank in attempt["ranks"])
     return {
         "seconds": committed[-1] - start,
         "first_frame_s": committed[0] - start,
         "memory_bytes": memory,
-        "started_bytes": started,  # what a rank's process held before it loaded anything; 0 without ranks
     }
 
 
