@@ -30,7 +30,7 @@ from vidgen.denoise.loop import (
 from vidgen.denoise.skipping import decide, share_skipped, skips_forwards
 from vidgen.denoise.timetable import Forward
 from vidgen.kernels.attention.api import attention_backend
-from vidgen.model.dit import Conditioning
+from vidgen.model.conditioning import Conditioning
 from vidgen.parallel.lanes.lead import Follower, Lead, Leader, Word
 from vidgen.parallel.pipeline import GivenUp, Links, StageRun
 from vidgen.parallel.shapes import Shapes

@@ -18,7 +18,8 @@ from vidgen.denoise.attending import Attending
 from vidgen.denoise.lending import Lending, Lent
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.kernels.attention.api import attention_backend
-from vidgen.model.dit import Conditioning, DiT
+from vidgen.model.conditioning import Conditioning
+from vidgen.model.dit import DiT
 from vidgen.model.region import Region
 from vidgen.parallel.lanes.lane import ALONE, Lane
 from vidgen.parallel.shapes import Shapes, frames_before, own_frames

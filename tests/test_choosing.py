@@ -41,7 +41,7 @@ def test_every_scheme_and_axis_that_is_proposed_is_taken_by_a_render(
 ):
     asked = {"cache": cache, "attention": {"sparsity": sparsity}, "queue": {"guidance": guidance}}
     job = job_of(engine, **asked)
-    closed = film_of(engine.family, job).closed
+    closed = film_of(engine.family, job).closed_axes
     task = make_plan(engine.family, job).task
     for axis in ("ring", "ulysses", "guidance"):
         try:

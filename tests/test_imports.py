@@ -135,7 +135,7 @@ ROOMS: dict[str, Room] = {
             "vidgen.config",
             "vidgen.denoise",
             "vidgen.parallel",
-            "vidgen.sparsity.settings",
+            "vidgen.sparsity",
             "vidgen.stepcache.settings",
             "vidgen.types",
         )

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from vidgen.config import JobConfig
-from vidgen.denoise.checks import check_scheme
 from vidgen.denoise.guidance import num_branches
 from vidgen.families.family import Family
 from vidgen.parallel.planner.hardware import Hardware
@@ -12,7 +11,7 @@ from vidgen.parallel.planner.plan import Planned, best, plans
 from vidgen.parallel.planner.schemes import Scheme, schemes
 from vidgen.parallel.planner.work import Film
 from vidgen.planning import make_clips, make_timetable
-from vidgen.sharing import closed_axes, known_to
+from vidgen.sharing import check_scheme_of, closed_axes, known_to
 from vidgen.stepcache.cache import make_cache
 from vidgen.types import GuidanceMode, ResidualGuidance
 
@@ -68,18 +67,25 @@ def film_of(family: Family, job: JobConfig) -> Film:
         decode_bytes=family.decode_bytes(job.height, job.width),
         cache=make_cache(job.cache),
         levels=tuple(_levels(family, job)),
-        closed=closed_axes(job.cache, job.attention.sparsity, job.queue.guidance),
+        closed_axes=closed_axes(job.cache, job.attention.sparsity, job.queue.guidance),
     )
 
 
 def own_scheme(family: Family, job: JobConfig) -> Scheme:
     """The scheme that a resolved job asks for. ValueError for one that its other settings do not know."""
-    assert job.num_frames and job.queue.timetable
-    frames = family.sizes.num_latent_frames(job.num_frames)
-    timetable = make_timetable(job, frames, _switch_step(family, job))
-    scheme = Scheme(name=job.queue.timetable, timetable=timetable, clips=make_clips(job, frames))
-    is_sparse = job.attention.sparsity.policy != "none"
-    check_scheme(timetable, scheme.clips, job.cache, is_sparse=is_sparse)
+    assert job.num_frames
+    return scheme_of(job, family.sizes.num_latent_frames(job.num_frames), _switch_step(family, job))
+
+
+def scheme_of(job: JobConfig, num_latent_frames: int, switch_step: int | None = None) -> Scheme:
+    """The same for so many latent frames."""
+    assert job.queue.timetable
+    scheme = Scheme(
+        name=job.queue.timetable,
+        timetable=make_timetable(job, num_latent_frames, switch_step),
+        clips=make_clips(job, num_latent_frames),
+    )
+    check_scheme_of(job, scheme)
     return scheme
 
 

@@ -64,7 +64,7 @@ def film_like(name: str, job: JobConfig) -> Film:
         pixels_per_frame=per_frame * height * width,
         cache=make_cache(job.cache),
         levels=tuple(noise_levels(num_steps, job.shift or known.shift)),
-        closed=closed_axes(job.cache, job.attention.sparsity, job.queue.guidance),
+        closed_axes=closed_axes(job.cache, job.attention.sparsity, job.queue.guidance),
     )
 
 

@@ -7,6 +7,7 @@ from vidgen.denoise.checks import check_scheme
 from vidgen.denoise.loop import Task
 from vidgen.parallel.planner.schemes import Scheme
 from vidgen.parallel.topology import AXES, Axis, Lanes, by_hand, check_num_ranks
+from vidgen.sparsity.policy import Policy
 from vidgen.sparsity.settings import SparsitySettings
 from vidgen.stepcache.settings import CacheSettings
 from vidgen.types import GuidanceMode
@@ -50,14 +51,25 @@ def check_parallel(parallel: ParallelConfig, num_layers: int) -> None:
 
 def closed_axes(cache: CacheSettings, sparsity: SparsitySettings, guidance: GuidanceMode) -> frozenset[Axis]:
     """The axes that `check_lanes` refuses to a task of these settings."""
-    closed: set[Axis] = set()
-    if cache.skips_layers or cache.skips_tokens:
-        closed |= {"ring", "ulysses"}
-    if sparsity.policy != "none":
-        closed |= {"ring"} if sparsity.heads_are_alike else {"ring", "ulysses"}
-    if guidance == GuidanceMode.STACKED:
-        closed |= {"guidance"}
-    return frozenset(closed)
+    by_sparsity = frozenset[Axis]() if sparsity.policy == "none" else _closed_by_sparsity(sparsity)
+    by_guidance = frozenset[Axis](["guidance"] if guidance == GuidanceMode.STACKED else [])
+    return _closed_by_cache(cache) | by_sparsity | by_guidance
+
+
+def _closed_by_cache(cache: CacheSettings) -> frozenset[Axis]:
+    """A cache that leaves out a part of a step keeps whole frames."""
+    return frozenset(("ring", "ulysses") if cache.skips_layers or cache.skips_tokens else ())
+
+
+def _closed_by_sparsity(sparse: SparsitySettings | Policy) -> frozenset[Axis]:
+    """A policy sees whole rows of scores; ranks that share heads have these only if they are all alike."""
+    return frozenset(("ring",) if sparse.heads_are_alike else ("ring", "ulysses"))
+
+
+def check_scheme_of(job: JobConfig, scheme: Scheme) -> None:
+    """ValueError for a scheme that the job's step cache or sparse attention does not know."""
+    is_sparse = job.attention.sparsity.policy != "none"
+    check_scheme(scheme.timetable, scheme.clips, job.cache, is_sparse=is_sparse)
 
 
 def known_to(job: JobConfig, found: Iterable[Scheme]) -> list[Scheme]:
@@ -65,9 +77,7 @@ def known_to(job: JobConfig, found: Iterable[Scheme]) -> list[Scheme]:
     known, refusal = list[Scheme](), None
     for scheme in found:
         try:
-            check_scheme(
-                scheme.timetable, scheme.clips, job.cache, is_sparse=job.attention.sparsity.policy != "none"
-            )
+            check_scheme_of(job, scheme)
         except ValueError as error:
             refusal = refusal or error
         else:
@@ -95,14 +105,15 @@ def check_lanes(task: Task, lanes: Lanes) -> None:
             f"clip={lanes.clip}: the video has {task.clips.num_clips} clips of {task.clips.clip_frames} "
             f"latent frames; take clip=1 to {task.clips.num_clips}, or a smaller block_frames"
         )
-    if lanes.sequence > 1 and task.cache is not None and not task.cache.settings.skips_forwards:
+    used = {axis for axis in AXES if getattr(lanes, axis) > 1}
+    if task.cache is not None and used & _closed_by_cache(task.cache.settings):
         raise ValueError(
             f"cache={task.cache.settings.method} with ulysses={lanes.ulysses}, ring={lanes.ring}: keeps "
             "whole frames; take layers on more ranks instead, or cache=taylor"
         )
     sparse = None if task.sparsity is None else task.sparsity.policy
-    if sparse is not None and (lanes.ring > 1 or (lanes.ulysses > 1 and not sparse.heads_are_alike)):
-        axis = "ring" if lanes.ring > 1 else "ulysses"
+    if sparse is not None and (refused := used & _closed_by_sparsity(sparse)):
+        axis = min(refused)
         raise ValueError(
             f"{axis}={getattr(lanes, axis)} with sparsity={sparse.name}: ulysses knows radial, local and "
             "sliding_tile with restore=false and one window for all heads, ring no sparsity; leave one of "

@@ -21,7 +21,7 @@ def render_flops(
     `ran` is the share of the forwards that no step cache skipped, `density` that of the pairs of queries and
     keys in self-attention that were not left out, both means over the render. Or `steps` say what runs.
     """
-    counts = item_counts(scheme.timetable, steps or all_steps(scheme.timetable, film.branches))
+    counts = item_counts(scheme.timetable, steps or all_steps(scheme.timetable), film.branches)
     return ran * sum(count * _run_flops(film, scheme, item, density) for item, count in counts.items())
 
 

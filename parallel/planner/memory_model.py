@@ -54,7 +54,7 @@ def rank_memory(
     """Of every stage of a lane, and last of the decoder's process; a render of one process has no other."""
     item = largest_item(timetable, model.clips)
     decoding = _decoding(model, timetable)
-    process, steps = model.hardware.process_bytes, steps or all_steps(timetable, model.runs)
+    process, steps = model.hardware.process_bytes, steps or all_steps(timetable)
     if topology.num_ranks == 1:
         return (_of_stage(model, topology.stage(0), timetable, item, steps, decoding, is_alone=True),)
     stages = [topology.stage(rank) for rank in range(topology.num_stages)]

@@ -109,7 +109,7 @@ def topologies(film: Film, scheme: Scheme, num_ranks: int) -> Iterator[tuple[Lan
         "ring": film.tokens_per_frame,
         "ulysses": min(film.dit.num_heads, film.tokens_per_frame),
     }
-    most |= dict.fromkeys(film.closed, 1)
+    most |= dict.fromkeys(film.closed_axes, 1)
     for clip in _divisors(num_ranks, most["clip"]):
         for guidance in _divisors(num_ranks // clip, most["guidance"]):
             left = num_ranks // clip // guidance
@@ -124,8 +124,8 @@ def examine(film: Film, hardware: Hardware, scheme: Scheme, lanes: Lanes, num_st
     """One plan: whether it fits, and what it takes if it does."""
     num_ranks = lanes.num_lanes * num_stages
     model = CostModel(film, hardware, lanes, num_ranks, scheme.clips)
-    steps = steps_of(film, scheme.timetable, model.runs)
-    counts = item_counts(scheme.timetable, steps)
+    steps = steps_of(film, scheme.timetable)
+    counts = item_counts(scheme.timetable, steps, model.runs)
     whole = [item for item in counts if item.part == WHOLE]
     typical = max(whole, key=lambda item: (counts[item], item.window))
     topology = model.cut(num_stages, typical)
@@ -151,7 +151,7 @@ def examine(film: Film, hardware: Hardware, scheme: Scheme, lanes: Lanes, num_st
         waiting_share=layer.exchange_s / layer.seconds,
         decoding_share=scheme.timetable.num_blocks * _decode_s(model, scheme.timetable, 1) / run.makespan_s,
         sent_bytes=round(sent * lanes.num_lanes),
-        flops=render_flops(film, scheme, steps=steps_of(film, scheme.timetable, film.branches)),
+        flops=render_flops(film, scheme, steps=steps),
         steps=steps,
     )
 
@@ -176,14 +176,14 @@ def _work(
     model: CostModel, topology: Topology, timetable: Timetable, typical: Item, steps: Steps, slow: float
 ) -> Work:
     """What the simulator is told."""
-    num_ranks, lanes = topology.num_ranks, topology.lanes
+    num_ranks, lanes, runs = topology.num_ranks, topology.lanes, steps.runs(model.runs)
     hop, result = model.hop_bytes(typical), model.result_bytes(typical)
     depth = max(DEPTHS[0], min(DEPTHS[1], DEPTH_BYTES // hop))
     rate = model.hardware.hop(num_ranks)
     link = Link(rate.latency_s, rate.bytes_per_s)
     return Work(
         stage_s=lambda item: [slow * seconds for seconds in model.stage_s(topology, item)],
-        runs_at=lambda step: steps.runs[step],
+        runs_at=lambda step: runs[step],
         part_at=lambda step: steps.parts[step],
         solver_s=slow * model.solver_s(typical),
         hop=link,

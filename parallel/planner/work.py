@@ -30,7 +30,7 @@ class Film:
     decode_bytes: int = 0
     cache: StepCache | None = None  # every step is run without
     levels: tuple[float, ...] = ()  # of noise, at every step and after the last; a cache's rules are by them
-    closed: frozenset[Axis] = frozenset()  # ways to share the work that the job's settings do not know
+    closed_axes: frozenset[Axis] = frozenset()  # ways to share the work that the job's settings do not know
 
     @property
     def tokens_per_frame(self) -> int:

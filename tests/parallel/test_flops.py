@@ -61,7 +61,7 @@ def test_a_step_caches_are_those_that_torch_counts(engine: Engine, name: str, me
     with FlopCounterMode(display=False, custom_mapping=OF_CPU) as counter:
         engine(output_type="latent", **asked)
     film, scheme = film_of(engine.family, job), own_scheme(engine.family, job)
-    found = render_flops(film, scheme, steps=steps_of(film, scheme.timetable, film.branches))
+    found = render_flops(film, scheme, steps=steps_of(film, scheme.timetable))
     assert found < 0.95 * render_flops(film, scheme)
     assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
 
@@ -70,7 +70,7 @@ def test_a_step_caches_are_those_that_torch_counts(engine: Engine, name: str, me
 def test_every_forward_is_counted(engine: Engine, name: str):
     job = resolve_job(engine.family, parse_job({**JOB, "queue": QUEUES[name]}), SparsitySettings())
     table = own_scheme(engine.family, job).timetable
-    counts = item_counts(table, all_steps(table, 2))
+    counts = item_counts(table, all_steps(table), 2)
     forwards = [item_of(table, forward) for tick in table.ticks() for forward in tick]
     assert counts == {item: 2 * forwards.count(item) for item in forwards}
 

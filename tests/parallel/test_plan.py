@@ -145,17 +145,17 @@ def test_a_step_cache_takes_off_the_runs_that_it_skips(mode: ContextMode):
     film, scheme = replace(FILM, num_steps=9), Scheme(name="dualparal", timetable=table)
     cached = replace(film, cache=cache(method="taylor", warm_up_steps=2), levels=levels_of(9))
     whole, saved = (examine(each, HARDWARE, scheme, Lanes(), 1) for each in (film, cached))
-    assert saved.steps and saved.steps.runs == (2, 2, 0, 0, 2, 0, 0, 2, 2)
+    assert saved.steps and saved.steps.runs(2) == (2, 2, 0, 0, 2, 0, 0, 2, 2)
     model = CostModel(cached, HARDWARE, Lanes(), 1)
 
     def runs_s(steps: Steps) -> float:
         """Of all runs of the model."""
-        counts = item_counts(table, steps)
+        counts = item_counts(table, steps, 2)
         return sum(
             count * sum(model.stage_s(Topology((DIT.num_layers,)), item)) for item, count in counts.items()
         )
 
-    skipped_s = runs_s(all_steps(table, 2)) - runs_s(saved.steps)
+    skipped_s = runs_s(all_steps(table)) - runs_s(saved.steps)
     assert saved.seconds == pytest.approx(whole.seconds - skipped_s, rel=1e-4)
     assert saved.flops < 0.6 * whole.flops
     assert saved.memory_bytes > whole.memory_bytes
@@ -181,7 +181,7 @@ def test_steps_that_are_not_known_beforehand_count_as_run():
 
 
 def test_axes_that_a_jobs_settings_do_not_know_are_never_proposed():
-    film = replace(FILM, closed=frozenset({"ulysses", "guidance"}))
+    film = replace(FILM, closed_axes=frozenset({"ulysses", "guidance"}))
     found = plans(film, HARDWARE, 4, ALL)
     assert found and all(plan.axes["ulysses"] == plan.axes["guidance"] == 1 for plan in found)
     assert any(plan.axes["ring"] > 1 for plan in found)

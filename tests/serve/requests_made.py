@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from vidgen.config import parse_job
@@ -13,6 +14,7 @@ from vidgen.serve.records import Kind, Record, make_id
 from vidgen.serve.schema import SessionStart, parse_request
 
 PROMPT = "a red circle moving left over a gray background"
+SHORT = {"prompt": "a red circle", "num_frames": 17, "num_inference_steps": 2}
 SERVER = ServerConfig()
 
 
@@ -54,3 +56,10 @@ def made(**changes: Any) -> Record:
         "height": 256, "num_frames": 64, "fps": 16, "seed": 3, "chunks_total": 4,
     }  # fmt: skip
     return Record(**{**values, **changes})
+
+
+def code(answer: httpx.Response) -> str:
+    """Of an answer that is an error."""
+    body = answer.json()
+    assert set(body) == {"error"} and "Traceback" not in answer.text
+    return body["error"]["code"]

@@ -1,4 +1,4 @@
-"""Clients of the live socket for tests: one that takes messages one by one, one that reads nothing."""
+"""Clients for tests: of the live socket, one that takes messages and one that reads nothing; of bytes."""
 
 import base64
 import io
@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import av
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+
+from tests.serve.conftest import RunningServer
 
 PATH = "/v1/realtime/video"
 DEADLINE_S = 20.0
@@ -118,3 +121,25 @@ def p50_p95(values: list[float]) -> str:
     return (
         f"p50 {statistics.median(ordered) * 1e3:.0f} ms, p95 {ordered[int(len(ordered) * 0.95)] * 1e3:.0f} ms"
     )
+
+
+def handshake(server: RunningServer, query: str = "", **headers: str) -> int:
+    """The status with which a WebSocket is answered; 101 is a yes."""
+    url = f"ws://127.0.0.1:{server.port}{PATH}{query}"
+    try:
+        with connect(url, additional_headers=headers, open_timeout=10, close_timeout=5, proxy=None):
+            return 101
+    except InvalidStatus as refused:
+        return refused.response.status_code
+
+
+def raw(server: RunningServer, data: bytes, deadline_s: float = 15) -> bytes:
+    """What comes back for bytes as they are, to the connection's end or the head of an answer."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=deadline_s) as found:
+        found.sendall(data)
+        text = b""
+        while piece := found.recv(65536):
+            text += piece
+            if b"Connection: close" not in data and b"\r\n\r\n" in text:
+                break
+    return text

@@ -6,29 +6,25 @@ import json
 import os
 import re
 import secrets
-import socket
 import time
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
-from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
 
 from tests.serve.conftest import RunningServer, running
+from tests.serve.requests_made import SHORT, code
+from tests.serve.sockets import PATH, handshake, raw
 from vidgen.serve.app import make_app, serve
 from vidgen.serve.config import load_server_config
 from vidgen.serve.http.security import Tickets
 
 KEYS = {"ada": "key-of-ada", "ben": "key-of-ben"}
 BODY_LIMIT = 256 * 1024
-SHORT = {"prompt": "a red circle", "num_frames": 17, "num_inference_steps": 2}
 OPEN = {"/health", "/", "/page/{version}/{name}"}
-SOCKET = "/v1/realtime/video"
 
 
 @pytest.fixture(scope="module")
@@ -73,27 +69,11 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
     found.state.server.store.close()
 
 
-def code(answer: httpx.Response) -> str:
-    body = answer.json()
-    assert set(body) == {"error"} and "Traceback" not in answer.text
-    return body["error"]["code"]
-
-
 def ticket(client: httpx.Client, video_id: str | None = None) -> str:
     answer = client.post("/v1/tickets", json={} if video_id is None else {"video_id": video_id})
     assert answer.status_code == 200, answer.text
     assert answer.json()["expires_at"] > time.time()
     return answer.json()["ticket"]
-
-
-def handshake(server: RunningServer, query: str = "", **headers: str) -> int:
-    """The status with which a WebSocket is answered; 101 is a yes."""
-    url = f"ws://127.0.0.1:{server.port}{SOCKET}{query}"
-    try:
-        with connect(url, additional_headers=headers, open_timeout=10, close_timeout=5, proxy=None):
-            return 101
-    except InvalidStatus as refused:
-        return refused.response.status_code
 
 
 def test_every_route_but_health_and_the_page_wants_a_key(
@@ -119,7 +99,7 @@ def test_every_route_but_health_and_the_page_wants_a_key(
             assert answer.headers["www-authenticate"] == "Bearer"
         tried.add(path)
     assert tried >= OPEN | {
-        SOCKET, "/v1/videos", "/v1/videos/{video_id}", "/v1/videos/{video_id}/content", "/v1/models",
+        PATH, "/v1/videos", "/v1/videos/{video_id}", "/v1/videos/{video_id}/content", "/v1/models",
         "/v1/tickets",
         "/v1/videos/{video_id}/cancel", "/v1/videos/{video_id}/resume", "/v1/videos/{video_id}/events",
         "/ready",
@@ -134,13 +114,13 @@ def test_every_route_but_health_and_the_page_wants_a_key(
     "/v1/videos/../../health"],
 )  # fmt: skip
 def test_unknown_paths_tell_nothing_without_a_key(locked: RunningServer, path: str) -> None:
-    text = _raw(locked, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    text = raw(locked, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     assert text.startswith(b"HTTP/1.1 401"), text[:200]
 
 
 @pytest.mark.parametrize("path", ["/page/../v1/models", "/page/x/../../v1/videos", "/page//v1/videos"])
 def test_the_pages_folder_is_no_way_around_the_key(locked: RunningServer, path: str) -> None:
-    text = _raw(locked, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    text = raw(locked, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     assert re.match(rb"HTTP/1.1 40[14]", text) and b"builtin" not in text, text[:200]
 
 
@@ -162,7 +142,7 @@ def test_only_the_exact_key_opens(nobody: httpx.Client, header: str) -> None:
 def test_a_key_is_refused_before_its_body_is_read(locked: RunningServer) -> None:
     fields = "Host: 127.0.0.1", "Content-Type: application/json", "Content-Length: 9999"
     head = "\r\n".join(["POST /v1/videos HTTP/1.1", *fields, "", ""])
-    assert _raw(locked, head.encode(), deadline_s=5).startswith(b"HTTP/1.1 401")
+    assert raw(locked, head.encode(), deadline_s=5).startswith(b"HTTP/1.1 401")
 
 
 def test_what_is_anothers_is_not_there(
@@ -239,108 +219,6 @@ def test_a_ticket_lasts_as_long_as_was_said(part: float, monkeypatch: pytest.Mon
     text, issued = tickets.issue("ada")
     monkeypatch.setattr(time, "time", lambda: float(issued.expires_at))
     assert tickets.to_connect(text) is None
-
-
-@pytest.mark.parametrize(
-    ("origin", "allowed"),
-    [
-        ("http://127.0.0.1:{port}", True), ("https://127.0.0.1:{port}", True), ("http://evil.example", False),
-        ("http://127.0.0.1:1", False), ("http://localhost:{port}", False), ("null", False), ("", False),
-        ("file://127.0.0.1:{port}", False), ("http://127.0.0.1:{port}.evil.example", False), ("http://[",
-        False),
-    ],
-)  # fmt: skip
-def test_pages_of_other_sites_can_change_nothing(server: RunningServer, origin: str, allowed: bool) -> None:
-    origin = origin.format(port=server.port)
-    with server.client() as client:
-        answer = client.post("/v1/tickets", headers={"Origin": origin})
-        assert answer.status_code == (200 if allowed else 403), answer.text
-        assert allowed or code(answer) == "origin_not_allowed"
-        assert "access-control-allow-origin" not in answer.headers
-    assert handshake(server, Origin=origin) == (101 if allowed else 403)
-
-
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("127.0.0.1", 200), ("localhost:1234", 200), ("[::1]:80", 200), ("LOCALHOST", 200), ("evil.example",
-        403),
-        ("127.0.0.1.evil.example", 403), ("", 400), ("a b", 400), ("x; script-src *", 400), ("localhost:x",
-        400),
-    ],
-)  # fmt: skip
-def test_a_name_that_is_not_the_servers_is_refused(server: RunningServer, host: str, status: int) -> None:
-    for path in ("/health", "/", "/v1/videos"):
-        text = _raw(server, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-        assert text.startswith(f"HTTP/1.1 {status}".encode()), (path, text[:200])
-
-
-def test_an_allowed_page_elsewhere_may_ask(tmp_path_factory: pytest.TempPathFactory) -> None:
-    site = "https://video.example.org"
-    data = tmp_path_factory.mktemp("cors") / "data"
-    with running(data, ready=False, allowed_origins=[site]) as found, found.client() as client:
-        preflight = {"Origin": site, "Access-Control-Request-Method": "POST"}
-        assert client.options("/v1/videos", headers=preflight).headers["access-control-allow-origin"] == site
-        answer = client.post("/v1/tickets", headers={"Origin": site})
-        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == site
-        assert "access-control-allow-credentials" not in answer.headers
-        other = client.post("/v1/tickets", headers={"Origin": "https://evil.example"})
-        assert other.status_code == 403 and "access-control-allow-origin" not in other.headers
-
-
-def test_answers_tell_browsers_to_be_strict(server: RunningServer) -> None:
-    with server.client() as client:
-        for path in ("/", "/v1/videos", "/nothing", "/health", "/docs", "/metrics"):
-            headers = client.get(path).headers
-            assert headers["x-content-type-options"] == "nosniff", path
-            assert "frame-ancestors 'none'" in headers["content-security-policy"], path
-            assert "unsafe-eval" not in headers["content-security-policy"]
-            assert "server" not in headers and "access-control-allow-origin" not in headers
-            assert path == "/" or headers["cache-control"] == "no-store", path
-        assert "blob:" in client.get("/").headers["content-security-policy"]
-
-
-NAMES = [
-    "../../etc/passwd", "/etc/passwd", "....//....//etc/passwd", "..\\..\\windows", "C:\\x", "\\\\host\\x",
-    "video_../../../../etc/passwd", "video_" + "0" * 31 + "/", "video_" + "0" * 32 + "/..", "%2e%2e%2fetc",
-    "\x00",
-    "video_" + "0" * 31 + "\x00", "video_" + "g" * 32, "VIDEO_" + "0" * 32, "video_" + "0" * 33, "video_",
-    "*", "~",
-    "video_" + "0" * 32 + "\n", "\u202e", "\uff0e\uff0e", "a" * 5000, "server.sqlite", "con",
-    "'; DROP TABLE videos",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES, ids=[ascii(name)[:30] for name in NAMES])
-def test_names_that_are_no_ids_reach_no_file(server: RunningServer, name: str) -> None:
-    before = _names(server)
-    with server.client() as client:
-        for path in ("", "/content", "/hls/init.mp4", "/hls/index.m3u8", "/events", "/stream"):
-            answer = client.get(f"/v1/videos/{quote(name, safe='')}{path}")
-            assert answer.status_code in (400, 404), answer.text
-            assert "root:" not in answer.text and "SQLite format" not in answer.text
-        for path in (name, f"{name}.m4s", "..%2f..%2fjob.yaml", "-1.m4s", "1e1.m4s", "9" * 30 + ".m4s"):
-            answer = client.get(f"/v1/videos/video_{'0' * 32}/hls/{quote(path, safe='%')}")
-            assert answer.status_code in (400, 404, 405, 422), answer.text
-        assert client.delete(f"/v1/videos/{quote(name, safe='')}").status_code in (400, 404)
-        assert client.post("/v1/videos", json={**SHORT, "model": name}).status_code in (400, 422)
-        assert client.post("/v1/videos", json={**SHORT, "output_path": name}).status_code == 422
-    assert _names(server) == before
-
-
-def test_dots_in_a_path_lead_nowhere(server: RunningServer) -> None:
-    for path in (
-        "/v1/videos/../../etc/passwd", "/page/../../vidgen/serve/app.py", "/page/x/..%2fapp.py",
-        "/../server.sqlite",
-        "/page/x/%2e%2e/routes_page.py", "/v1/videos/%00/content", "/page//etc/passwd", "\\..\\x",
-    ):  # fmt: skip
-        text = _raw(server, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        assert re.match(rb"HTTP/1.1 4\d\d", text), (path, text[:100])
-        assert b"import" not in text and b"root:" not in text
-
-
-def _names(server: RunningServer) -> set[str]:
-    return {name for _, _, names in os.walk(server.data) for name in names}
 
 
 def test_a_body_over_the_limit_is_refused_while_it_comes(locked: RunningServer, ada: httpx.Client) -> None:
@@ -423,15 +301,3 @@ def test_a_taken_address_or_folder_is_told_in_a_line(server: RunningServer, tmp_
         with pytest.raises(ValueError) as caught:
             serve(load_server_config(None, settings))
         assert "\n" not in str(caught.value) and str(list(settings.values())[0]) in str(caught.value) + "0"
-
-
-def _raw(server: RunningServer, data: bytes, deadline_s: float = 15) -> bytes:
-    """What comes back for bytes as they are, to the connection's end or the head of an answer."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=deadline_s) as found:
-        found.sendall(data)
-        text = b""
-        while piece := found.recv(65536):
-            text += piece
-            if b"Connection: close" not in data and b"\r\n\r\n" in text:
-                break
-    return text

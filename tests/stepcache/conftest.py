@@ -10,22 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.stepcache import loops
 from vidgen.denoise.loop import Task
-from vidgen.denoise.timetable import Timetable, autoregressive, dualparal, full
+from vidgen.denoise.timetable import Timetable
 from vidgen.model.dit import DiT
 from vidgen.stepcache.cache import StepCache, make_cache
 from vidgen.stepcache.settings import CacheSettings
-from vidgen.types import ContextMode
 
 PART_STEPS = 8
-TIMETABLES = {
-    "full": full(5, PART_STEPS),
-    "recompute": dualparal(9, PART_STEPS, block_frames=2, context_frames=1),
-    "cache": dualparal(9, PART_STEPS, block_frames=2, context_frames=1, mode=ContextMode.CACHE, stride=2),
-    "anchor": dualparal(13, PART_STEPS, block_frames=2, context_frames=2, anchor_frames=1, stride=3),
-    "autoregressive": autoregressive(5, PART_STEPS, block_frames=2, context_frames=1),
-    "experts": dualparal(9, PART_STEPS, block_frames=2, context_frames=1, switch_step=5),
-}
+TIMETABLES = loops.timetables(PART_STEPS, switch_step=5)
 # of a small random model no magnitudes are known: these make some steps near, others far
 CURVE = ((1.0, 1.0), (0.7, 1.02), (0.5, 1.2), (0.0, 1.25))
 SKIPPING: dict[str, dict[str, Any]] = {

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.stepcache.loops import clean
 from vidgen.denoise.lockstep import Clips
-from vidgen.denoise.loop import LoopState, Task, denoise, run_tick
+from vidgen.denoise.loop import LoopState, Task, run_tick
 from vidgen.denoise.skipping import skipping_layers
 from vidgen.denoise.timetable import full, moving_buffer, pipefusion
 from vidgen.parallel.topology import Lanes
@@ -17,15 +18,6 @@ from vidgen.stepcache.delta import layers_left_out
 from vidgen.stepcache.settings import CacheSettings
 
 STEPS, LAYERS = 8, 4
-
-
-def clean(task: Task, state: LoopState | None = None) -> list[torch.Tensor]:
-    return [block.latents_BCFYX for block in denoise(task, state)]
-
-
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(found) == len(expected)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def plan(task: Task, block: int) -> tuple[range, ...]:

@@ -1,7 +1,6 @@
 """Caches that leave out layers or tokens of a step: the same whatever ran where, and after a pause."""
 
 import json
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from tests.stepcache.loops import assert_same, clean, clean_with_errors
 from vidgen.denoise.attending import Sparsity
-from vidgen.denoise.loop import LoopState, Task, denoise, run_tick
+from vidgen.denoise.loop import LoopState, Task, run_tick
 from vidgen.journal import _flatten, _unflatten
 from vidgen.parallel.topology import Lanes
 from vidgen.sparsity.making import make_policy
@@ -28,15 +28,6 @@ RESTORING = SparsitySettings(
     policy="adaspa", density=0.4, restore=True, query_block=4, key_block=4, dense_above=1.0,
     search_at=(0.2, 0.6),
 )  # fmt: skip
-
-
-def clean(task: Task, state: LoopState | None = None) -> list[torch.Tensor]:
-    return [block.latents_BCFYX for block in denoise(task, state)]
-
-
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(found) == len(expected)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -135,18 +126,4 @@ def test_a_job_stopped_anywhere_and_resumed_from_its_file_is_the_same(
 @pytest.mark.parametrize("method", METHODS)
 def test_an_error_in_a_tick_leaves_what_is_kept_as_it_was(method: str, timetables: Any, make_task: Any):
     task = make_task(timetables["cache"], method)
-    expected, state, tried = clean(task), LoopState(), Counter[int]()
-
-    def fail() -> None:
-        """At the second forward of every tick, once."""
-        tried[state.next_tick] += 1
-        if tried[state.next_tick] == 2:
-            raise KeyboardInterrupt
-
-    found: list[torch.Tensor] = []
-    while state.next_tick < task.timetable.num_ticks:
-        try:
-            found += [block.latents_BCFYX for block in run_tick(task, state, fail)]
-        except KeyboardInterrupt:
-            continue
-    assert_same(found, expected)
+    assert_same(clean_with_errors(task), clean(task))

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.stepcache.loops import clean
 from vidgen.denoise.attending import Sparsity
 from vidgen.denoise.lockstep import Clips
-from vidgen.denoise.loop import LoopState, Task, denoise, run_tick
+from vidgen.denoise.loop import LoopState, run_tick
 from vidgen.denoise.skipping import regions_of
 from vidgen.denoise.timetable import full, moving_buffer
 from vidgen.model.context import KeyValue
@@ -24,15 +25,6 @@ from vidgen.stepcache.settings import CacheSettings
 
 STEPS = 8
 PATCH = (2, 3)
-
-
-def clean(task: Task, state: LoopState | None = None) -> list[torch.Tensor]:
-    return [block.latents_BCFYX for block in denoise(task, state)]
-
-
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(found) == len(expected)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def by_the_clock(goes_on: Any = lambda step: True, **given: Any) -> str:

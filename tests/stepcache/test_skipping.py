@@ -8,32 +8,17 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from tests.stepcache.loops import assert_same, clean, clean_with_errors, timetables
 from vidgen.denoise.lending import Lending, Lent
-from vidgen.denoise.loop import LoopState, Task, denoise, run_tick
-from vidgen.denoise.timetable import autoregressive, dualparal, full, moving_buffer, pipefusion
+from vidgen.denoise.loop import LoopState, Task, run_tick
+from vidgen.denoise.timetable import dualparal, full, moving_buffer, pipefusion
 from vidgen.journal import _flatten, _unflatten
 from vidgen.stepcache.kept import NOTHING_KEPT
-from vidgen.types import ContextMode, GuidanceMode, ResidualGuidance
+from vidgen.types import GuidanceMode, ResidualGuidance
 
 METHODS = ("tea", "taylor", "gated_taylor", "mag", "first_block")
 STEPS = 6
-TIMETABLES = {
-    "full": full(5, STEPS),
-    "recompute": dualparal(9, STEPS, block_frames=2, context_frames=1),
-    "cache": dualparal(9, STEPS, block_frames=2, context_frames=1, mode=ContextMode.CACHE, stride=2),
-    "anchor": dualparal(13, STEPS, block_frames=2, context_frames=2, anchor_frames=1, stride=3),
-    "autoregressive": autoregressive(5, STEPS, block_frames=2, context_frames=1),
-    "experts": dualparal(9, STEPS, block_frames=2, context_frames=1, switch_step=3),
-}
-
-
-def clean(task: Task, state: LoopState | None = None) -> list[torch.Tensor]:
-    return [block.latents_BCFYX for block in denoise(task, state)]
-
-
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert len(found) == len(expected)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+TIMETABLES = timetables(STEPS, switch_step=3)
 
 
 @pytest.mark.parametrize("timetable", TIMETABLES.values(), ids=TIMETABLES)
@@ -78,24 +63,7 @@ def test_a_job_stopped_and_resumed_makes_the_same_decisions(
 
 def test_an_error_in_a_tick_leaves_what_is_kept_as_it_was(make_task: Any):
     task = make_task(TIMETABLES["cache"], "taylor")
-    expected, state, seen = clean(task), LoopState(), set[tuple[int, int]]()
-
-    def fail() -> None:
-        """Before the second forward of every tick, once."""
-        begun = (state.next_tick, 0) in seen
-        here = (state.next_tick, 1 if begun else 0)
-        if begun and here not in seen:
-            seen.add(here)
-            raise KeyboardInterrupt
-        seen.add(here)
-
-    found: list[torch.Tensor] = []
-    while state.next_tick < task.timetable.num_ticks:
-        try:
-            found += [block.latents_BCFYX for block in run_tick(task, state, fail)]
-        except KeyboardInterrupt:
-            continue
-    assert_same(found, expected)
+    assert_same(clean_with_errors(task), clean(task))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -20,6 +20,7 @@ import typer
 from vidgen.bench.machine import machine_facts, table
 from vidgen.bench.plans import ALLOWED
 from vidgen.bench.rendering import PROMPT
+from vidgen.choosing import scheme_of
 from vidgen.config import JobConfig, parse_job
 from vidgen.denoise.loop import Task, denoise
 from vidgen.denoise.multistep import make_solver
@@ -30,7 +31,6 @@ from vidgen.model.rope import rotations
 from vidgen.parallel.place import random_model
 from vidgen.parallel.planner.hardware import Hardware, Rate, load_hardware
 from vidgen.parallel.planner.plan import Planned, examine
-from vidgen.parallel.planner.schemes import Scheme
 from vidgen.parallel.topology import Lanes
 from vidgen.planning import make_clips, make_timetable
 from vidgen.stepcache.cache import make_cache
@@ -87,12 +87,8 @@ def predict(hardware: Hardware, model: str, case: GpuCase, steps: int) -> Planne
     """What the planner says of a case on one rank, decoding and writing left out."""
     job = _job(case, steps)
     film = film_like(model, job)
-    scheme = Scheme(
-        name=str(job.queue.timetable),
-        timetable=make_timetable(job, film.num_frames),
-        clips=make_clips(job, film.num_frames),
-    )
-    return examine(film, replace(hardware, decode_alone=NOTHING, write=NOTHING), scheme, Lanes(), 1)
+    without_output = replace(hardware, decode_alone=NOTHING, write=NOTHING)
+    return examine(film, without_output, scheme_of(job, film.num_frames), Lanes(), 1)
 
 
 def measure(

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 
+from vidgen.model.conditioning import Conditioning
 from vidgen.model.context import Context, KeyValue, LayerKeyValues
-from vidgen.model.dit import Conditioning, DiT
+from vidgen.model.dit import DiT
 
 # B batch, F latent frames, S tokens per frame, D width, N text tokens
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidgen.model.dit import Conditioning, DiT
+from vidgen.model.conditioning import Conditioning
+from vidgen.model.dit import DiT
 
 # B batch, F latent frames, N text tokens, D width
 

@@ -24,7 +24,8 @@ from vidgen.denoise.state import BlockState, FinishedBlock, LoopState, Window
 from vidgen.denoise.still import StillFilter, denoised, repeat, same_texts
 from vidgen.denoise.timetable import Forward, Timetable
 from vidgen.kernels.attention.api import attention_backend
-from vidgen.model.dit import Conditioning, DiT
+from vidgen.model.conditioning import Conditioning
+from vidgen.model.dit import DiT
 from vidgen.model.region import Region
 from vidgen.stepcache.cache import Decision, StepCache
 from vidgen.stepcache.kept import NOTHING_KEPT

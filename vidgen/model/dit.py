@@ -21,6 +21,7 @@ from vidgen.kernels.attention.api import attention_backend, check_name, current_
 from vidgen.kernels.attention.windows import sliding_window_3d
 from vidgen.kernels.denormals import flushing_denormals
 from vidgen.kernels.modulate.api import norm_modulate
+from vidgen.model.conditioning import Conditioning, without_repeats
 from vidgen.model.context import Context, LayerKeyValues
 from vidgen.model.dtypes import DTYPES, DType, cast
 from vidgen.model.layer_run import Change, LayerRun
@@ -72,36 +73,6 @@ class DiTConfig:
             )
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(f"width={self.width}: need an even multiple of num_heads={self.num_heads}")
-
-
-@dataclass(frozen=True, slots=True)
-class Conditioning:
-    """What every layer of one forward sees beside the tokens; it travels with them."""
-
-    noise_BFD: Tensor
-    noise_BF6D: Tensor
-    text_BND: Tensor  # image tokens, where there are such, before the text's
-
-    def frames(self, first: int) -> "Conditioning":
-        """Of the frames from this one on."""
-        return Conditioning(self.noise_BFD[:, first:], self.noise_BF6D[:, first:], self.text_BND)
-
-
-TEXT_CHUNK = 64  # tokens: texts of about the same length have the same shape, for compiled layers
-
-
-def without_repeats(text_BND: Tensor) -> tuple[int, int]:
-    """(how many tokens are kept of a text, for how many the last of these stands).
-
-    Only where it pays: on a CPU without gradients, and by whole chunks of tokens.
-    """
-    length = text_BND.shape[1]
-    if text_BND.device.type != "cpu" or torch.is_grad_enabled() or length <= TEXT_CHUNK:
-        return length, 1
-    differs_N = (text_BND != text_BND[:, -1:]).any(-1).any(0)
-    distinct = int(differs_N.nonzero().max()) + 2 if differs_N.any() else 1
-    kept = min(length, -(-distinct // TEXT_CHUNK) * TEXT_CHUNK)
-    return kept, length - kept + 1
 
 
 Grid = tuple[int, int, int]  # frames, rows, columns of tokens

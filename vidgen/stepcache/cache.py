@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vidgen.model.dit import Conditioning, DiT
+from vidgen.model.conditioning import Conditioning
+from vidgen.model.dit import DiT
 from vidgen.stepcache.kept import Kept, Outputs, forecast
 from vidgen.stepcache.methods import Clock, FirstBlock, Gated, Mag, Method, Tea
 from vidgen.stepcache.region import mix

@@ -13,8 +13,9 @@ from typing import Protocol
 from torch import Tensor
 
 from vidgen.kernels.modulate.api import norm_modulate
+from vidgen.model.conditioning import Conditioning
 from vidgen.model.context import Context
-from vidgen.model.dit import Conditioning, DiT
+from vidgen.model.dit import DiT
 from vidgen.stepcache.kept import Kept, forecast
 from vidgen.stepcache.settings import Curve
 
